@@ -1,0 +1,353 @@
+"""The configuration of a run: frozen sections, checked when they are made.
+
+`None` in a field means "derived" or "off", as its comment says; TOML has no null, so such a key is left out.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key, what was expected and what came."""
+
+
+def _require(ok: bool, key: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str = "testbed"  # "testbed", a file (parquet, json, jsonl), a folder, or a hub id
+    split: str = "train"
+    eval_path: str | None = None  # held-out problems; None: the last `num_eval` rows of `path`
+    eval_split: str = "test"
+    num_eval: int = 128  # held-out problems used at most
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # prompt / answer / demonstration -> column; empty: detected
+    system_prompt: str | None = None  # put before prompts that have none
+    answer_pattern: str = (
+        "boxed"  # how an answer is found in a text: "boxed", or a marker such as "####"
+    )
+    max_prompt_tokens: int = 1024
+    demonstration_fraction: float = (
+        1.0  # share of rows that keep their demonstration; the others become plain RL rows
+    )
+    strict: bool = False  # refuse a dataset with unusable rows instead of dropping them
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "data.path", "a path or hub id", self.path)
+        _require(self.num_eval >= 1, "data.num_eval", "at least 1", self.num_eval)
+        _require(
+            self.max_prompt_tokens >= 1,
+            "data.max_prompt_tokens",
+            "at least 1",
+            self.max_prompt_tokens,
+        )
+        fraction = self.demonstration_fraction
+        _require(
+            0.0 <= fraction <= 1.0, "data.demonstration_fraction", "a share in [0, 1]", fraction
+        )
+        unknown = set(self.columns) - {"prompt", "answer", "demonstration"}
+        _require(
+            not unknown, "data.columns", "keys among prompt, answer, demonstration", sorted(unknown)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestbedConfig:
+    """The synthetic arithmetic problems of `data.path = "testbed"`."""
+
+    __test__ = False  # keeps pytest from collecting the class
+
+    num_train: int = 4096
+    min_steps: int = 2  # operations in a problem
+    max_steps: int = 8
+    modulus: int = 50  # every result is taken modulo this; operands are below it
+
+    def __post_init__(self) -> None:
+        _require(self.num_train >= 1, "testbed.num_train", "at least 1", self.num_train)
+        _require(
+            1 <= self.min_steps <= self.max_steps,
+            "testbed.min_steps",
+            "1 <= min_steps <= max_steps",
+            self.min_steps,
+        )
+        _require(self.modulus >= 2, "testbed.modulus", "at least 2", self.modulus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """The small base model that is trained from scratch where `model.path` is not given."""
+
+    cache_dir: str = "runs/base"  # one folder per distinct base, named by a hash of what made it
+    vocab_size: int = 256  # of the tokenizer, at most
+    hidden_size: int = 128
+    num_layers: int = 3
+    num_heads: int = 4
+    intermediate_size: int = 384
+    max_length: int = 512  # tokens of a training text at most; longer ones are left out
+    num_batches: int = 1200
+    batch_size: int = 64  # texts
+    lr: float = 3e-3
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "intermediate_size",
+            "num_batches",
+            "batch_size",
+        ):
+            _require(getattr(self, name) >= 1, f"base.{name}", "at least 1", getattr(self, name))
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            "base.num_heads",
+            "a divisor of base.hidden_size",
+            self.num_heads,
+        )
+        _require(self.lr > 0, "base.lr", "above 0", self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str | None = None  # Hugging Face folder or hub id; None: build a base by [base]
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = (
+        "auto"  # of the compute; auto: bfloat16 on CUDA, float32 on CPU
+    )
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    gradient_checkpointing: bool = False
+    rope_theta: float | None = None  # None: as in the model
+    max_position_embeddings: int | None = None  # None: as in the model
+    chat_template: str | None = None  # Jinja text, or a path to it; None: as in the tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    engine: Literal["transformers"] = "transformers"
+    group_size: int = 8  # rollouts per prompt, hybrids included
+    temperature: float = 1.0  # of sampling, and of every log-prob and entropy in training
+    max_response_length: int = 8192  # tokens, prefix included
+    max_batch_sequences: int = 256  # sequences generated at once
+
+    def __post_init__(self) -> None:
+        _require(
+            self.group_size >= 2,
+            "rollout.group_size",
+            "at least 2 (a group's mean needs company)",
+            self.group_size,
+        )
+        _require(self.temperature > 0, "rollout.temperature", "above 0", self.temperature)
+        _require(
+            self.max_response_length >= 2,
+            "rollout.max_response_length",
+            "at least 2",
+            self.max_response_length,
+        )
+        _require(
+            self.max_batch_sequences >= 1,
+            "rollout.max_batch_sequences",
+            "at least 1",
+            self.max_batch_sequences,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixConfig:
+    num_hybrid: int = 1  # rollouts of a group that start from a piece of the demonstration
+    schedule: Literal["cosine_window", "cosine", "linear_window", "uniform", "constant"] = (
+        "cosine_window"
+    )
+    low: float = 0.05  # share of the demonstration
+    high: float = 0.95
+    horizon_steps: int | None = None  # steps of the decay; None: the run's own number
+    min_prefix_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.num_hybrid >= 0, "prefix.num_hybrid", "at least 0", self.num_hybrid)
+        _require(
+            0 <= self.low <= self.high <= 1,
+            "prefix.low",
+            "0 <= low <= high <= 1",
+            (self.low, self.high),
+        )
+        _require(
+            self.horizon_steps is None or self.horizon_steps >= 1,
+            "prefix.horizon_steps",
+            "at least 1",
+            self.horizon_steps,
+        )
+        _require(
+            self.min_prefix_tokens >= 1,
+            "prefix.min_prefix_tokens",
+            "at least 1",
+            self.min_prefix_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    name: Literal["prefix_rft", "rft"] = "prefix_rft"
+    advantage: Literal["joint", "exclude_hybrid"] = "joint"  # whose mean is the baseline (SPEC 1.2)
+    drop_negative_prefix_advantage: bool = False
+    selection_fraction: float = 0.2  # share of prefix tokens that get gradient
+    selection_scope: Literal["minibatch", "sequence"] = "minibatch"
+    selection_order: Literal["high", "low", "random"] = "high"
+
+    def __post_init__(self) -> None:
+        fraction = self.selection_fraction
+        _require(0.0 <= fraction <= 1.0, "method.selection_fraction", "a share in [0, 1]", fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The clipped objective; the fields of `rft_kernels.PolicyConfig`."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    prefix_clip: Literal["same", "none"] | tuple[float, float] = "same"
+    importance_level: Literal["token", "sequence"] = "token"
+    importance_cap: float | None = None
+    entropy_coef: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    function: str | None = (
+        None  # dotted path to f(completions, **columns) -> list[float]; None: the math grader
+    )
+    num_workers: int = 2  # grader processes
+    timeout_s: float = 5.0  # per answer; then the worker is killed and replaced
+    memory_mib: int = 1024  # address space of a worker above its start
+    max_error_share: float = 0.5  # of a step's rollouts; above it the run stops
+
+    def __post_init__(self) -> None:
+        _require(self.num_workers >= 1, "reward.num_workers", "at least 1", self.num_workers)
+        _require(self.timeout_s > 0, "reward.timeout_s", "above 0", self.timeout_s)
+        _require(self.memory_mib >= 64, "reward.memory_mib", "at least 64", self.memory_mib)
+        _require(
+            0 <= self.max_error_share <= 1,
+            "reward.max_error_share",
+            "a share in [0, 1]",
+            self.max_error_share,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    lr: float = 1e-6
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
+    warmup_updates: int = 0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optimizer.lr", "above 0", self.lr)
+        _require(
+            self.warmup_updates >= 0, "optimizer.warmup_updates", "at least 0", self.warmup_updates
+        )
+        _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", "above 0", self.max_grad_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    num_steps: int = 500
+    prompts_per_step: int = 128
+    prompts_per_update: int = (
+        64  # a mini-batch; prompts_per_step / prompts_per_update updates a step
+    )
+    micro_batch_tokens: int = 16384  # tokens of one packed forward; a longer row goes alone
+    checkpoint_every: int = 50  # steps; 0: only at the end
+    keep_checkpoints: int = 2
+    sample_every: int = 5  # steps between the rollouts kept for the report
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_steps",
+            "prompts_per_step",
+            "prompts_per_update",
+            "micro_batch_tokens",
+            "keep_checkpoints",
+        ):
+            _require(getattr(self, name) >= 1, f"trainer.{name}", "at least 1", getattr(self, name))
+        _require(
+            self.checkpoint_every >= 0,
+            "trainer.checkpoint_every",
+            "at least 0",
+            self.checkpoint_every,
+        )
+        _require(
+            self.prompts_per_step % self.prompts_per_update == 0,
+            "trainer.prompts_per_update",
+            f"a divisor of trainer.prompts_per_step ({self.prompts_per_step})",
+            self.prompts_per_update,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every: int = 0  # steps between evaluations during training; 0: only base and end
+    num_samples: int = 8  # k of avg@k and pass@k; greedy is always reported
+    temperature: float = 0.6  # of the k samples
+    max_response_length: int | None = None  # tokens; None: as in training
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "eval.every", "at least 0", self.every)
+        _require(self.num_samples >= 1, "eval.num_samples", "at least 1", self.num_samples)
+        _require(self.temperature > 0, "eval.temperature", "above 0", self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    tensorboard: bool = True
+    wandb_project: str | None = None  # None: no wandb
+    progress: Literal["auto", "rich", "plain"] = "auto"  # auto: rich on a terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides a run."""
+
+    name: str = "run"
+    output_dir: str | None = None  # None: runs/<name>
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    testbed: TestbedConfig = field(default_factory=TestbedConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.prefix.num_hybrid < self.rollout.group_size,
+            "prefix.num_hybrid",
+            f"below rollout.group_size ({self.rollout.group_size})",
+            self.prefix.num_hybrid,
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir or f"runs/{self.name}")

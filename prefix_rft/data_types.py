@@ -1,0 +1,106 @@
+"""What flows through one training step, in order: Problem -> RolloutRequest -> Completion -> Rollout -> Group -> TrainBatch.
+
+Token ids are plain tuples until `TrainBatch`, the first thing that lives in tensors.
+Shape letters: T tokens of all rows laid end to end, B rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+FinishReason = Literal["stop", "length"]
+RewardStatus = Literal["correct", "wrong", "no_answer", "timeout", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One row of a dataset, tokenised.
+
+    Without a demonstration (`demonstration_ids` empty) every rollout of the problem is ordinary.
+    """
+
+    index: int  # row in the source dataset
+    prompt: str  # the rendered chat template
+    prompt_ids: tuple[int, ...]
+    answer: str  # gold answer, as the grader gets it
+    demonstration: str | None = None
+    demonstration_ids: tuple[int, ...] = ()  # without end-of-sequence token
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the source row, for user rewards
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutRequest:
+    """One sequence to generate: the engine continues `prompt_ids + prefix_ids`."""
+
+    prompt_ids: tuple[int, ...]
+    prefix_ids: tuple[int, ...] = ()  # forced start of the response
+    max_new_tokens: int  # budget of the continuation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What an engine returns for one request; an end-of-sequence token that was sampled is included."""
+
+    token_ids: tuple[int, ...]  # the continuation only
+    log_probs: tuple[
+        float, ...
+    ]  # of softmax(logits / temperature), one per token of the continuation
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """A scored response: the first `prefix_length` tokens are the demonstration's, the rest the policy's."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]  # prefix + continuation
+    prefix_length: int
+    rollout_log_probs: tuple[float, ...]  # of the continuation, by the engine
+    finish_reason: FinishReason
+    text: str  # decoded response
+    reward: float
+    status: RewardStatus
+
+    @property
+    def is_hybrid(self) -> bool:
+        return self.prefix_length > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """All rollouts of one problem in one step."""
+
+    problem: Problem
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRow:
+    """A rollout with its advantages, on prefix and continuation apart."""
+
+    rollout: Rollout
+    advantage: float
+    prefix_advantage: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch:
+    """Rows laid end to end. Position t predicts `targets[t]`; masks and per-token values stand at the predicting position."""
+
+    input_ids: torch.Tensor  # [T] int64
+    position_ids: torch.Tensor  # [T] int64, restarts at 0 for every row
+    targets: (
+        torch.Tensor
+    )  # [T] int64, the next token; -100 where the next token is no response token
+    cu_seqlens: torch.Tensor  # [B + 1] int32, row b is [cu_seqlens[b], cu_seqlens[b + 1])
+    lengths: tuple[int, ...]  # B row lengths, on the host
+    response_mask: torch.Tensor  # [T] bool, the target is a response token (prefix or continuation)
+    prefix_mask: torch.Tensor  # [T] bool, the target is a prefix token
+    advantages: torch.Tensor  # [T] float
+    rollout_log_probs: torch.Tensor  # [T] float, 0 on prefix tokens
+    old_log_probs: torch.Tensor | None = (
+        None  # [T] float; None: the update is on-policy, the ratio is 1
+    )
+    selected_mask: torch.Tensor | None = None  # [T] bool, prefix tokens that get gradient

@@ -1,0 +1,33 @@
+"""Rollout engines: what generates completions for a list of requests."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import nn
+
+from prefix_rft.data_types import Completion, RolloutRequest
+
+
+class RolloutEngine(Protocol):
+    """Generates with the weights of the last `update_weights`; `weights_version` says which they are."""
+
+    weights_version: int
+
+    def update_weights(self, model: nn.Module, version: int) -> None:
+        """Take over the weights of `model`, a transformers causal language model."""
+        ...
+
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        temperature: float,
+        seed: int,
+        weights_version: int,
+    ) -> list[Completion]:
+        """One completion per request, in order; temperature 0 is greedy.
+
+        Raises:
+            RuntimeError: `weights_version` is not the engine's: the weights are stale.
+        """
+        ...

@@ -1,0 +1,44 @@
+"""Two packages of one repository: `rft_kernels` (torch and triton only) and the trainer `prefix_rft`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "prefix_rft/__init__.py").read_text())[1]
+KERNEL_PACKAGES = find_packages("kernels", include=["rft_kernels", "rft_kernels.*"])
+
+setup(
+    name="prefix-rft",
+    version=VERSION,
+    description="Fused kernels and a lean trainer for Prefix-RFT",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["prefix_rft", "prefix_rft.*"]) + KERNEL_PACKAGES,
+    package_dir={"rft_kernels": "kernels/rft_kernels"},
+    package_data={"prefix_rft": ["configs/*.toml"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "transformers>=5.16,<5.20",
+        "datasets>=4",
+        "safetensors",
+        "math-verify==0.9.0",
+        "tyro>=1.0",
+        "tomli-w",
+        "rich",
+        "matplotlib",
+        "tensorboard",
+    ],
+    extras_require={
+        "vllm": ["vllm==0.32.0"],
+        "flash-attn": ["flash-attn>=2.8"],
+        "liger": ["liger-kernel>=0.8.5"],
+        "wandb": ["wandb"],
+        "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff==0.17.5"],
+        "bench": ["pytest-benchmark", "matplotlib"],
+    },
+    entry_points={"console_scripts": ["prefix-rft = prefix_rft.cli:main"]},
+)
