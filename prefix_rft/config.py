@@ -1,27 +1,31 @@
 """The configuration of a run: frozen sections, checked when they are made.
 
-`None` in a field means "derived" or "off", as its comment says; TOML has no null, so such a key is left out.
+`None` in a field means "derived" or "off", as its comment says; TOML has no null, so the file
+leaves such a key out.
 """
 
 import dataclasses
-import difflib
+import re
 import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import tomli_w
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key, what was expected and what came."""
+from prefix_rft.config_values import ConfigError, dataclass_from_dict
+from prefix_rft.config_values import UserError as UserError
 
 
 def _require(ok: bool, key: str, expected: str, got: object) -> None:
     if not ok:
         raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+
+
+def _require_clip_range(clip: tuple[float, float], key: str) -> None:
+    low, high = clip
+    _require(0 <= low < 1 and high >= 0, key, "offsets from 1: 0 <= low < 1 and high >= 0", clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +74,28 @@ class TestbedConfig:
     __test__ = False  # keeps pytest from collecting the class
 
     num_train: int = 4096
-    min_steps: int = 2  # operations in a problem
+    min_steps: int = 3  # operations in a problem
     max_steps: int = 8
-    modulus: int = 50  # every result is taken modulo this; operands are below it
+    max_value: int = 99  # no number in a problem, given or intermediate, is larger
+    # How the base is taught, as shares of its texts:
+    easy_steps: int = 4  # up to that many steps the base mostly works step by step
+    easy_worked_share: float = 0.95
+    hard_worked_share: float = 0.01  # of the longer problems; the rest are guessed at once
+    asked_share: float = 0.5  # of all texts: the prompt asks for the steps, and they are shown
 
     def __post_init__(self) -> None:
         _require(self.num_train >= 1, "testbed.num_train", "at least 1", self.num_train)
         _require(
             1 <= self.min_steps <= self.max_steps,
             "testbed.min_steps",
-            "1 <= min_steps <= max_steps",
+            f"at least 1 and at most testbed.max_steps ({self.max_steps})",
             self.min_steps,
         )
-        _require(self.modulus >= 2, "testbed.modulus", "at least 2", self.modulus)
+        _require(self.max_value >= 2, "testbed.max_value", "at least 2", self.max_value)
+        _require(self.easy_steps >= 0, "testbed.easy_steps", "at least 0", self.easy_steps)
+        for name in ("easy_worked_share", "hard_worked_share", "asked_share"):
+            share = getattr(self, name)
+            _require(0.0 <= share <= 1.0, f"testbed.{name}", "a share in [0, 1]", share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +103,15 @@ class BaseConfig:
     """The small base model that is trained from scratch where `model.path` is not given."""
 
     cache_dir: str = "runs/base"  # one folder per distinct base, named by a hash of what made it
-    vocab_size: int = 256  # of the tokenizer, at most
+    vocab_size: int = (
+        320  # of the tokenizer, at most; 256 bytes and 5 special tokens are always in it
+    )
     hidden_size: int = 128
     num_layers: int = 3
     num_heads: int = 4
     intermediate_size: int = 384
     max_length: int = 512  # tokens of a training text at most; longer ones are left out
+    max_position_embeddings: int = 2048
     num_batches: int = 1200
     batch_size: int = 64  # texts
     lr: float = 3e-3
@@ -132,6 +148,27 @@ class ModelConfig:
     rope_theta: float | None = None  # None: as in the model
     max_position_embeddings: int | None = None  # None: as in the model
     chat_template: str | None = None  # Jinja text, or a path to it; None: as in the tokenizer
+
+    def __post_init__(self) -> None:
+        _require(
+            re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
+            "model.device",
+            "auto, cpu, mps, cuda or cuda:<number>",
+            self.device,
+        )
+        _require(
+            self.rope_theta is None or self.rope_theta > 0,
+            "model.rope_theta",
+            "above 0",
+            self.rope_theta,
+        )
+        positions = self.max_position_embeddings
+        _require(
+            positions is None or positions >= 1,
+            "model.max_position_embeddings",
+            "at least 1",
+            positions,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +260,15 @@ class LossConfig:
     importance_cap: float | None = None
     entropy_coef: float = 0.0
 
+    def __post_init__(self) -> None:
+        _require_clip_range((self.clip_low, self.clip_high), "loss.clip_low, loss.clip_high")
+        if isinstance(self.prefix_clip, tuple):
+            _require_clip_range(self.prefix_clip, "loss.prefix_clip")
+        dual_clip, cap = self.dual_clip, self.importance_cap
+        _require(dual_clip is None or dual_clip > 1, "loss.dual_clip", "above 1", dual_clip)
+        _require(cap is None or cap > 0, "loss.importance_cap", "above 0", cap)
+        _require(self.entropy_coef >= 0, "loss.entropy_coef", "at least 0", self.entropy_coef)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
@@ -262,6 +308,14 @@ class OptimizerConfig:
             self.warmup_updates >= 0, "optimizer.warmup_updates", "at least 0", self.warmup_updates
         )
         _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", "above 0", self.max_grad_norm)
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", "at least 0", self.weight_decay)
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            "optimizer.betas",
+            "two numbers in [0, 1)",
+            self.betas,
+        )
+        _require(self.eps > 0, "optimizer.eps", "above 0", self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +337,7 @@ class TrainerConfig:
             "prompts_per_update",
             "micro_batch_tokens",
             "keep_checkpoints",
+            "sample_every",
         ):
             _require(getattr(self, name) >= 1, f"trainer.{name}", "at least 1", getattr(self, name))
         _require(
@@ -310,6 +365,8 @@ class EvalConfig:
         _require(self.every >= 0, "eval.every", "at least 0", self.every)
         _require(self.num_samples >= 1, "eval.num_samples", "at least 1", self.num_samples)
         _require(self.temperature > 0, "eval.temperature", "above 0", self.temperature)
+        length = self.max_response_length
+        _require(length is None or length >= 2, "eval.max_response_length", "at least 2", length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,12 +399,82 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(
+            re.fullmatch(r"[\w.-]*\w", self.name) is not None,
+            "name",
+            "letters, digits, '_', '-' and '.' (it names the run folder)",
+            self.name,
+        )
+        _require(0 <= self.seed < 2**32, "seed", "a whole number in [0, 2**32)", self.seed)
+        _require(
             self.prefix.num_hybrid < self.rollout.group_size,
             "prefix.num_hybrid",
             f"below rollout.group_size ({self.rollout.group_size})",
             self.prefix.num_hybrid,
         )
+        _require(
+            self.prefix.min_prefix_tokens < self.rollout.max_response_length,
+            "prefix.min_prefix_tokens",
+            f"below rollout.max_response_length ({self.rollout.max_response_length})",
+            self.prefix.min_prefix_tokens,
+        )
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_length
+        positions = self.model.max_position_embeddings
+        _require(
+            positions is None or positions >= longest,
+            "model.max_position_embeddings",
+            f"at least data.max_prompt_tokens + rollout.max_response_length ({longest})",
+            positions,
+        )
 
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir or f"runs/{self.name}")
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The configuration of a nested dict as TOML gives it; an absent field keeps its default.
+
+    Raises:
+        ConfigError: an unknown key (the nearest known one is named), a value of the wrong type, or
+            a value that a section refuses.
+    """
+    return dataclass_from_dict(Config, values)
+
+
+def load_config(name_or_path: str | Path) -> Config:
+    """Read a TOML file, or a configuration shipped with the package by its bare name.
+
+    Raises:
+        ConfigError: no such file or name, no valid TOML, or whatever `config_from_dict` refuses;
+            the message starts with the file.
+    """
+    file = Path(name_or_path)
+    if not file.is_file():
+        shipped = resources.files("prefix_rft") / "configs"
+        names = sorted(entry.name.removesuffix(".toml") for entry in shipped.iterdir())
+        if str(name_or_path) not in names:
+            known = ", ".join(names)
+            raise ConfigError(f"config: expected a TOML file or one of {known}, got {name_or_path}")
+        file = shipped / f"{name_or_path}.toml"
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name_or_path}: no valid TOML: {error}") from None
+    try:
+        return config_from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{name_or_path}: {error}") from None
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write every field that is not None; `load_config` of the file equals `config`."""
+    text = tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not None
+    }
