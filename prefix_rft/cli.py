@@ -1,0 +1,165 @@
+"""The command `prefix-rft`; heavy modules are imported by the command that needs them."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from prefix_rft.config import Config, UserError, load_config
+
+Overrides = Annotated[Config, arg(name="")]
+RunFolder = Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]
+MODEL_FOLDER = "model"
+CONFIG_FILE = "config.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model; every field of the configuration can be set after its name."""
+
+    config: Annotated[Positional[str], arg(metavar="CONFIG")]
+    """The name of a shipped configuration, or a TOML file; comes before all options."""
+    resume: bool = False
+    """Continue from the newest checkpoint of the run folder, if there is one."""
+    overrides: Overrides
+
+    def run(self) -> int:
+        from prefix_rft.checkpoint import list_checkpoints
+        from prefix_rft.trainer import train
+
+        run_dir = self.overrides.run_dir
+        if not self.resume and list_checkpoints(run_dir):
+            raise UserError(
+                f"{run_dir} already holds checkpoints: continue that run with --resume, "
+                "or give another --name or --output-dir"
+            )
+        return train(self.overrides, resume=self.resume) or 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure a model on held-out problems."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """A run folder (its configuration, its final model), or a model folder or hub id."""
+    overrides: Overrides
+
+    def run(self) -> int:
+        from prefix_rft.evaluate import evaluate_command
+
+        path = self.model
+        if _is_run_folder(path):
+            path = str(Path(path) / MODEL_FOLDER)
+            if not Path(path).is_dir():
+                raise UserError(
+                    f"{self.model} has no final model yet: write one of its checkpoints with "
+                    "prefix-rft export, and evaluate that folder"
+                )
+        print(json.dumps(evaluate_command(self.overrides, path), indent=2))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the model of a checkpoint as a Hugging Face folder."""
+
+    run_dir: RunFolder
+    """The folder of a run."""
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
+    """The folder to write."""
+    step: int | None = None
+    """Steps done at the checkpoint; None: the newest."""
+
+    def run(self) -> int:
+        from prefix_rft.checkpoint import export_checkpoint
+
+        export_checkpoint(self.run_dir, self.step, self.out)
+        print(f"wrote {self.out}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write report.html of a run, finished or not: curves and rollouts on one page."""
+
+    run_dir: RunFolder
+    """The folder of a run."""
+
+    def run(self) -> int:
+        from prefix_rft.report import write_report
+
+        print(f"wrote {write_report(self.run_dir)}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Tell what is installed, what will be used, and the memory a configuration needs."""
+
+    config: Annotated[Positional[str | None], arg(metavar="CONFIG")] = None
+    """The name of a shipped configuration, or a TOML file; comes before all options."""
+    overrides: Overrides
+
+    def run(self) -> int:
+        from prefix_rft.doctor import print_diagnosis
+
+        print_diagnosis(self.overrides, with_memory=self.config is not None)
+        return 0
+
+
+Command = Train | Eval | Export | Report | Doctor
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """The command of `argv`; exits with status 2 on an unknown option, naming the nearest one.
+
+    Raises:
+        UserError: the configuration cannot be loaded or does not come first.
+    """
+    first = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None
+    name = argv[0] if argv else None
+    config = Config()
+    if first is not None and name in ("train", "doctor"):
+        config = load_config(first)
+    elif first is not None and name == "eval" and _is_run_folder(first):
+        config = load_config(Path(first) / CONFIG_FILE)
+    missing = tyro.MISSING_NONPROP
+    command = tyro.cli(
+        Annotated[Train, subcommand("train", default=Train(config=missing, overrides=config))]
+        | Annotated[Eval, subcommand("eval", default=Eval(model=missing, overrides=config))]
+        | Annotated[Export, subcommand("export")]
+        | Annotated[Report, subcommand("report")]
+        | Annotated[Doctor, subcommand("doctor", default=Doctor(overrides=config))],
+        prog="prefix-rft",
+        description="Reinforcement fine-tuning with prefixes of demonstrations.",
+        args=argv,
+    )
+    # The values of a configuration are the defaults of the options, so it is needed before them.
+    given = {"train": "config", "doctor": "config", "eval": "model"}.get(name)
+    if given is not None and getattr(command, given) != first:
+        raise UserError(f"{given}: expected right after {name!r}, before all options")
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0: done, 2: something to put right, 130: interrupted."""
+    try:
+        return parse(sys.argv[1:] if argv is None else argv).run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _is_run_folder(path: str) -> bool:
+    return (Path(path) / CONFIG_FILE).is_file()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
