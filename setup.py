@@ -1,4 +1,4 @@
-"""Two packages of one repository: `rft_kernels` (torch and triton only) and the trainer `prefix_rft`."""
+"""Two packages of one repository: `rft_kernels` (torch and triton only) and `prefix_rft`."""
 
 import re
 from pathlib import Path

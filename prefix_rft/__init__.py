@@ -1,3 +1,3 @@
-"""Prefix-RFT: reinforcement fine-tuning in which one rollout of a group starts from a piece of a demonstration."""
+"""Prefix-RFT: RL fine-tuning in which one rollout of a group starts inside a demonstration."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,6 @@
-"""What flows through one training step, in order: Problem -> RolloutRequest -> Completion -> Rollout -> Group -> TrainBatch.
+"""What flows through one training step, in order.
+
+Problem -> RolloutRequest -> Completion -> Rollout -> Group -> TrainRow -> TrainBatch -> Update.
 
 Token ids are plain tuples until `TrainBatch`, the first thing that lives in tensors.
 Shape letters: T tokens of all rows laid end to end, B rows.
@@ -41,7 +43,7 @@ class RolloutRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What an engine returns for one request; an end-of-sequence token that was sampled is included."""
+    """What an engine returns for one request, a sampled end-of-sequence token included."""
 
     token_ids: tuple[int, ...]  # the continuation only
     log_probs: tuple[
@@ -52,7 +54,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """A scored response: the first `prefix_length` tokens are the demonstration's, the rest the policy's."""
+    """A scored response: `prefix_length` tokens of the demonstration, then the policy's own."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]  # prefix + continuation
@@ -87,20 +89,41 @@ class TrainRow:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBatch:
-    """Rows laid end to end. Position t predicts `targets[t]`; masks and per-token values stand at the predicting position."""
+    """Rows laid end to end, without the last token of each, which predicts nothing.
+
+    Position t predicts `targets[t]`; masks and per-token values stand at the predicting position.
+    """
 
     input_ids: torch.Tensor  # [T] int64
     position_ids: torch.Tensor  # [T] int64, restarts at 0 for every row
-    targets: (
-        torch.Tensor
-    )  # [T] int64, the next token; -100 where the next token is no response token
+    targets: torch.Tensor  # [T] int64, the next token; -100 where it is no response token
     cu_seqlens: torch.Tensor  # [B + 1] int32, row b is [cu_seqlens[b], cu_seqlens[b + 1])
     lengths: tuple[int, ...]  # B row lengths, on the host
     response_mask: torch.Tensor  # [T] bool, the target is a response token (prefix or continuation)
     prefix_mask: torch.Tensor  # [T] bool, the target is a prefix token
     advantages: torch.Tensor  # [T] float
     rollout_log_probs: torch.Tensor  # [T] float, 0 on prefix tokens
-    old_log_probs: torch.Tensor | None = (
-        None  # [T] float; None: the update is on-policy, the ratio is 1
-    )
+    old_log_probs: torch.Tensor | None = None  # [T] float; None: on-policy, the ratio is 1
     selected_mask: torch.Tensor | None = None  # [T] bool, prefix tokens that get gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniBatch:
+    """What one optimizer update learns from."""
+
+    rows: list[TrainRow]  # rollouts with a gradient
+    batch: TrainBatch  # `rows` in tensors, in the same order
+    num_rollouts: int  # all rollouts, also those left out: the normaliser counts them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What an update saw, per token of its batch."""
+
+    rows: list[TrainRow]
+    batch: TrainBatch  # with the selection
+    log_probs: torch.Tensor  # [T], before the update; 0 where a token had no gradient
+    entropy: torch.Tensor  # [T] nats, likewise, but known on every prefix token
+    loss: torch.Tensor  # scalar
+    sums: dict[str, torch.Tensor]  # the loss's metrics
+    grad_norm: float  # before clipping; not finite: the update was skipped

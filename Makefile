@@ -1,0 +1,37 @@
+# `make train` runs the main job, `make test` the tests; both set up .venv first and can be repeated.
+
+PYTHON ?= python3
+# A CPU-only machine saves the CUDA packages with
+#   make train TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+CONFIG ?= testbed
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: train test lint bench clean
+
+train: .venv/installed
+	$(BIN)/prefix-rft train $(CONFIG) --resume $(ARGS)
+
+test: .venv/installed-test lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed-test
+	$(BIN)/python -m bench.linear_loss $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/installed: setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@

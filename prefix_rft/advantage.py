@@ -1,0 +1,55 @@
+"""Rewards of a group -> advantages of its rollouts. Pure.
+
+Sources: arXiv 2507.01679, Eq. 3; Dr. GRPO, arXiv 2503.20783 (no standard deviation).
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+Baseline = Literal["joint", "exclude_hybrid"]
+
+
+class Advantage(NamedTuple):
+    """Advantages of one rollout, the same on every token of the named part."""
+
+    continuation: float
+    prefix: float
+
+
+def group_advantages(
+    rewards: Sequence[float],
+    is_hybrid: Sequence[bool],
+    *,
+    baseline: Baseline = "joint",
+    drop_negative_prefix: bool = False,
+) -> list[Advantage]:
+    """Advantages of the G rollouts of one prompt.
+
+    `joint`: A = R - mean of all rewards, prefix included. `exclude_hybrid`: the mean is that of the
+    ordinary rollouts; a hybrid's continuation has A = R, its prefix R - that mean. A group whose
+    rewards are all equal has A = 0 everywhere, whatever the baseline.
+
+    Raises:
+        ValueError: fewer than two rollouts, or no ordinary one.
+    """
+    if len(rewards) < 2 or all(is_hybrid):
+        raise ValueError(
+            f"rewards: expected a group of at least 2 rollouts, one of them ordinary, got "
+            f"{len(rewards)} with {sum(is_hybrid)} hybrid"
+        )
+    if len(set(rewards)) == 1:
+        return [Advantage(0.0, 0.0)] * len(rewards)
+
+    if baseline == "joint":
+        mean = sum(rewards) / len(rewards)
+        advantages = [Advantage(reward - mean, reward - mean) for reward in rewards]
+    else:
+        ordinary = [r for r, hybrid in zip(rewards, is_hybrid, strict=True) if not hybrid]
+        mean = sum(ordinary) / len(ordinary)
+        advantages = [
+            Advantage(reward if hybrid else reward - mean, reward - mean)
+            for reward, hybrid in zip(rewards, is_hybrid, strict=True)
+        ]
+    if drop_negative_prefix:
+        advantages = [Advantage(a.continuation, max(a.prefix, 0.0)) for a in advantages]
+    return advantages

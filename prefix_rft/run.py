@@ -1,0 +1,157 @@
+"""A whole run: base, data, evaluation, the training loop, evaluation again, export, report."""
+
+import json
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+from prefix_rft.base_model import resolve_base
+from prefix_rft.checkpoint import list_checkpoints
+from prefix_rft.config import Config, save_config
+from prefix_rft.data import load_problems
+from prefix_rft.evaluate import evaluate
+from prefix_rft.interrupt import Interrupt, Stopped
+from prefix_rft.metrics import MetricsLogger
+from prefix_rft.model import Policy, export, load_model, load_tokenizer
+from prefix_rft.report import write_report
+from prefix_rft.reward import Rewarder, RewardError
+from prefix_rft.rollout.transformers_engine import TransformersEngine
+from prefix_rft.trainer import Trainer
+
+SUMMARY_FILE = "summary.json"
+
+
+def train(config: Config, *, resume: bool = False) -> dict:
+    """Run `config` from its base to its report, in the folder `config.run_dir`.
+
+    Args:
+        resume: continue from the newest checkpoint of the folder, if there is one; a finished run
+            is left as it is.
+    Returns:
+        the summary: "base" and "trained", each as `evaluate` returns it, and "num_steps".
+    Raises:
+        UserError: something the user can put right.
+        Stopped: SIGINT or SIGTERM came; the last whole step is in a checkpoint.
+    """
+    run_dir = config.run_dir
+    summary = _read_summary(run_dir) if resume else {}
+    if summary.get("num_steps") == config.trainer.num_steps:
+        return summary
+    checkpoints = list_checkpoints(run_dir) if resume else []
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / "config.toml")
+
+    with ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
+        setup = stack.enter_context(Setup(config, resolve_base(config)))
+        trainer = setup.trainer()
+        if checkpoints:
+            trainer.restore(checkpoints[-1])
+        logger = stack.enter_context(
+            MetricsLogger(
+                run_dir,
+                config.log,
+                num_steps=config.trainer.num_steps,
+                start_step=trainer.step_index,
+            )
+        )
+        if "base" not in summary:
+            with interrupt.abandonable():
+                summary = {"base": setup.evaluate()}
+            _write_summary(run_dir, summary)
+            logger.log(0, _eval_metrics(summary["base"]), kind="eval")
+        _loop(config, setup, trainer, logger, interrupt)
+        with interrupt.abandonable():
+            trained = setup.evaluate()
+        logger.log(trainer.step_index, _eval_metrics(trained), kind="eval")
+    export(setup.policy.model, setup.tokenizer, run_dir / "model")
+    summary |= {"trained": trained, "num_steps": config.trainer.num_steps}
+    _write_summary(run_dir, summary)
+    write_report(run_dir)
+    return summary
+
+
+class Setup:
+    """What training and evaluation share: data, tokenizer, policy, engine, rewarder."""
+
+    def __init__(self, config: Config, model_path: Path | str) -> None:
+        self.config = config
+        self.tokenizer = load_tokenizer(model_path, config.model.chat_template)
+        self.problems, self.held_out = load_problems(config, self.tokenizer)
+        model = load_model(config.model, model_path)
+        self.policy = Policy(model, self.tokenizer, temperature=config.rollout.temperature)
+        self.engine = TransformersEngine(model)
+        self.rewarder = Rewarder(config.reward, config.data.answer_pattern)
+
+    def __enter__(self) -> "Setup":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.rewarder.close()
+
+    def trainer(self) -> Trainer:
+        return Trainer(
+            self.config,
+            policy=self.policy,
+            tokenizer=self.tokenizer,
+            engine=self.engine,
+            rewarder=self.rewarder,
+            problems=self.problems,
+        )
+
+    def evaluate(self) -> dict:
+        """Accuracy of the current weights on the held-out problems."""
+        return evaluate(
+            self.held_out,
+            self.engine,
+            self.rewarder,
+            self.tokenizer,
+            config=self.config.eval,
+            max_response_length=self.config.rollout.max_response_length,
+            seed=self.config.seed,
+        )
+
+
+def _loop(
+    config: Config,
+    setup: Setup,
+    trainer: Trainer,
+    logger: MetricsLogger,
+    interrupt: Interrupt,
+) -> None:
+    """Train to the last step; a checkpoint every n steps, at the end, and when stopped."""
+    num_steps, every = config.trainer.num_steps, config.trainer.checkpoint_every
+    saved = trainer.step_index
+    try:
+        while trainer.step_index < num_steps:
+            step = trainer.step_index
+            metrics, sample = trainer.train_step(interrupt)
+            logger.log(step, metrics)
+            if step % config.trainer.sample_every == 0:
+                logger.log_rollouts(step, [sample])
+            done = trainer.step_index
+            if done == num_steps or (every and done % every == 0):
+                saved = trainer.save(config.run_dir)
+            if config.eval.every and done % config.eval.every == 0 and done < num_steps:
+                with interrupt.abandonable():
+                    logger.log(done, _eval_metrics(setup.evaluate()), kind="eval")
+    except (Stopped, RewardError):  # they come between two updates: the weights are whole
+        if trainer.step_index > saved:
+            trainer.save(config.run_dir)
+        raise
+
+
+def _eval_metrics(results: dict) -> dict[str, float]:
+    """The plain figures of an evaluation, named for the log."""
+    return {f"eval/{name}": x for name, x in results.items() if isinstance(x, int | float)}
+
+
+def _read_summary(run_dir: Path) -> dict:
+    path = run_dir / SUMMARY_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write_summary(run_dir: Path, summary: dict) -> None:
+    partial = run_dir / f".partial-{SUMMARY_FILE}"
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(partial, run_dir / SUMMARY_FILE)
