@@ -30,14 +30,17 @@ def _require_clip_range(clip: tuple[float, float], key: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    path: str = "testbed"  # "testbed", a file (parquet, json, jsonl), a folder, or a hub id
+    path: str = (
+        "testbed"  # "testbed", a file (parquet, json, jsonl), a folder, or a hub id[:configuration]
+    )
     split: str = "train"
     eval_path: str | None = None  # held-out problems; None: the last `num_eval` rows of `path`
     eval_split: str = "test"
     num_eval: int = 128  # held-out problems used at most
     columns: dict[str, str] = field(
         default_factory=dict
-    )  # prompt / answer / demonstration -> column; empty: detected
+    )  # prompt / answer / demonstration -> column (a.b: field b of column a); empty: detected
+    eval_columns: dict[str, str] = field(default_factory=dict)  # the same for `eval_path`
     system_prompt: str | None = None  # put before prompts that have none
     answer_pattern: str = (
         "boxed"  # how an answer is found in a text: "boxed", or a marker such as "####"
@@ -61,9 +64,19 @@ class DataConfig:
         _require(
             0.0 <= fraction <= 1.0, "data.demonstration_fraction", "a share in [0, 1]", fraction
         )
-        unknown = set(self.columns) - {"prompt", "answer", "demonstration"}
+        for key, columns in (("columns", self.columns), ("eval_columns", self.eval_columns)):
+            _require(
+                not columns
+                or {"prompt", "answer"} <= set(columns) <= {"prompt", "answer", "demonstration"},
+                f"data.{key}",
+                "the keys prompt, answer and, where there is one, demonstration",
+                sorted(columns),
+            )
         _require(
-            not unknown, "data.columns", "keys among prompt, answer, demonstration", sorted(unknown)
+            bool(self.answer_pattern.strip()),
+            "data.answer_pattern",
+            '"boxed" or a marker',
+            self.answer_pattern,
         )
 
 
@@ -299,14 +312,12 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
-    warmup_updates: int = 0
+    warmup_steps: int = 0
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optimizer.lr", "above 0", self.lr)
-        _require(
-            self.warmup_updates >= 0, "optimizer.warmup_updates", "at least 0", self.warmup_updates
-        )
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", "at least 0", self.warmup_steps)
         _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", "above 0", self.max_grad_norm)
         _require(self.weight_decay >= 0, "optimizer.weight_decay", "at least 0", self.weight_decay)
         _require(

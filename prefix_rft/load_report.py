@@ -1,0 +1,79 @@
+"""What loading a dataset found: unusable rows, counted by kind, with an example of each."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+Kind = Literal[
+    "no_prompt",
+    "no_answer",
+    "unparseable_answer",
+    "long_prompt",
+    "long_demonstration",
+    "short_demonstration",
+]
+
+_MEANING: dict[Kind, str] = {
+    "no_prompt": "dropped: no prompt (a text, or messages of which the last is the user's)",
+    "no_answer": "dropped: no usable answer",
+    "unparseable_answer": "dropped: a gold answer that the grader cannot parse",
+    "long_prompt": "dropped: a prompt above data.max_prompt_tokens",
+    "long_demonstration": "without demonstration: above rollout.max_response_length - 1 tokens",
+    "short_demonstration": "without demonstration: below 2 tokens, nothing to cut",
+}
+_EXAMPLE_CHARS = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Unusable rows or demonstrations of one kind: how many, and the first of them."""
+
+    kind: Kind
+    count: int
+    row: int  # of the example
+    example: str
+
+    def __str__(self) -> str:
+        rows = "1 row" if self.count == 1 else f"{self.count} rows"
+        return f"{rows} {_MEANING[self.kind]}; the first is row {self.row}: {self.example}"
+
+
+class Findings:
+    """Collects findings while rows pass by."""
+
+    def __init__(self) -> None:
+        self._found: dict[Kind, Finding] = {}
+
+    def add(self, kind: Kind, row: int, example: Any) -> None:
+        if kind not in self._found:
+            text = repr(example)
+            if len(text) > _EXAMPLE_CHARS:
+                text = text[:_EXAMPLE_CHARS] + "..."
+            self._found[kind] = Finding(kind=kind, count=0, row=row, example=text)
+        found = self._found[kind]
+        self._found[kind] = replace(found, count=found.count + 1)
+
+    def listed(self) -> tuple[Finding, ...]:
+        """One finding per kind that occurred, in the order of `Kind`."""
+        return tuple(self._found[kind] for kind in get_args(Kind) if kind in self._found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What became of a dataset's rows."""
+
+    source: str
+    layout: str  # name of the column map
+    num_rows: int
+    num_problems: int
+    num_demonstrations: int  # usable ones, before data.demonstration_fraction
+    findings: tuple[Finding, ...]
+
+    def lines(self) -> list[str]:
+        head = (
+            f"{self.source} ({self.layout}): {self.num_problems} problems of {self.num_rows} rows, "
+            f"{self.num_demonstrations} with a demonstration"
+        )
+        return [head, *(f"  {finding}" for finding in self.findings)]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
