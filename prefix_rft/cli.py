@@ -1,6 +1,7 @@
 """The command `prefix-rft`; heavy modules are imported by the command that needs them."""
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Train:
 
     def run(self) -> int:
         from prefix_rft.checkpoint import list_checkpoints
-        from prefix_rft.trainer import train
+        from prefix_rft.interrupt import Stopped
+        from prefix_rft.run import train
 
         run_dir = self.overrides.run_dir
         if not self.resume and list_checkpoints(run_dir):
@@ -38,7 +40,12 @@ class Train:
                 f"{run_dir} already holds checkpoints: continue that run with --resume, "
                 "or give another --name or --output-dir"
             )
-        return train(self.overrides, resume=self.resume) or 0
+        try:
+            summary = train(self.overrides, resume=self.resume)
+        except Stopped as stop:
+            return 130 if stop.signal == signal.SIGINT else 0
+        _print_results(summary)
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +154,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0: done, 2: something to put right, 130: interrupted."""
+    """Run one command; 0: done, 2: something to put right, 128 + n: ended by signal n."""
     try:
         return parse(sys.argv[1:] if argv is None else argv).run()
     except UserError as error:
@@ -155,6 +162,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _print_results(summary: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from prefix_rft.summary import COLUMNS, result_rows
+
+    table = Table()
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+    for row in result_rows(summary):
+        table.add_row(*row)
+    Console(highlight=False).print(table)
 
 
 def _is_run_folder(path: str) -> bool:

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from prefix_rft import cli
-from prefix_rft.config import Config, UserError, save_config
+from prefix_rft.config import Config, DataConfig, UserError, save_config
+from prefix_rft.interrupt import Stopped
 
 
 @pytest.fixture
@@ -30,7 +32,11 @@ def calls(monkeypatch) -> list:
     def list_checkpoints(run_dir: Path) -> list[Path]:
         return sorted((run_dir / "checkpoints").glob("step-*"))
 
-    module("prefix_rft.trainer", train=lambda config, resume: calls.append((config, resume)))
+    def train(config: Config, resume: bool) -> dict:
+        calls.append((config, resume))
+        return {"base": {"greedy": 0.25}, "trained": {"greedy": 0.75}}
+
+    module("prefix_rft.run", train=train)
     module(
         "prefix_rft.checkpoint",
         list_checkpoints=list_checkpoints,
@@ -56,6 +62,12 @@ def test_options_override_the_file_and_both_spellings_count(toml, calls):
     assert calls[1][0].trainer.num_steps == 21 and calls[1][1]
     cli.main(["train", toml])
     assert calls[2][0].trainer.num_steps == 7
+
+
+def test_train_ends_with_the_table_of_base_and_trained(toml, calls, capsys):
+    assert cli.main(["train", toml]) == 0
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "greedy" in line]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["greedy", "25.0%", "75.0%", "+50.0"]
 
 
 def test_an_unknown_option_names_the_nearest_and_exits_with_2(toml, calls, capsys):
@@ -121,7 +133,7 @@ def test_eval_takes_a_run_folder_with_its_configuration_or_a_model(calls, capsys
     assert (config.seed, config.eval.num_samples) == (5, 4)
     assert path == str(tmp_path / "model")
     cli.main(["eval", "someone/a-model", "--data.path", "rows.parquet"])
-    assert calls[1] == (Config(data=config.data.__class__(path="rows.parquet")), "someone/a-model")
+    assert calls[1] == (Config(data=DataConfig(path="rows.parquet")), "someone/a-model")
 
 
 def test_export_passes_folder_step_and_target(calls):
@@ -130,19 +142,20 @@ def test_export_passes_folder_step_and_target(calls):
     assert calls == [(Path("runs/x"), 20, Path("out")), (Path("runs/x"), None, Path("out"))]
 
 
-def test_user_errors_are_one_line_and_all_others_keep_their_traceback(toml, monkeypatch, capsys):
+def test_user_errors_are_one_line_and_all_others_keep_their_traceback(
+    toml, calls, monkeypatch, capsys
+):
     def run(error: BaseException) -> int:
         def train(config: Config, resume: bool) -> None:
             raise error
 
-        trainer = types.ModuleType("prefix_rft.trainer")
-        trainer.train = train
-        monkeypatch.setitem(sys.modules, "prefix_rft.trainer", trainer)
+        monkeypatch.setattr(sys.modules["prefix_rft.run"], "train", train)
         return cli.main(["train", toml])
 
     assert run(UserError("no such data")) == 2
     assert capsys.readouterr().err == "error: no such data\n"
     assert run(KeyboardInterrupt()) == 130
+    assert run(Stopped(signal.SIGTERM)) == 143
     with pytest.raises(ValueError, match="ours"):
         run(ValueError("ours"))
 

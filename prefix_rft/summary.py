@@ -1,0 +1,50 @@
+"""The table a run ends with: held-out results of base and trained model, as texts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+COLUMNS = ("held-out", "base", "trained", "change")
+
+
+def result_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Rows of COLUMNS from summary.json's `base` and `trained`; what is missing is an empty text.
+
+    Accuracies and shares, in [0, 1], come out as percent with their 95% interval, their change in
+    points; counts per status and the intervals themselves get no row.
+    """
+    base, trained = summary.get("base", {}), summary.get("trained", {})
+    names = [
+        name
+        for name, value in (base | trained).items()
+        if isinstance(value, (int, float)) and name != "num_problems"
+    ]
+    return [
+        (
+            name.replace("_", " "),
+            _text(name, base),
+            _text(name, trained),
+            _change(name, base.get(name), trained.get(name)),
+        )
+        for name in names
+    ]
+
+
+def is_share(name: str) -> bool:
+    return name == "greedy" or name.startswith(("avg@", "pass@")) or name.endswith("_share")
+
+
+def _text(name: str, results: Mapping[str, Any]) -> str:
+    value = results.get(name)
+    if value is None:
+        return ""
+    if not is_share(name):
+        return f"{value:.1f}"
+    interval = results.get(f"{name}_ci95")
+    around = f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
+    return f"{100 * value:.1f}%{around}"
+
+
+def _change(name: str, before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return ""
+    return f"{100 * (after - before):+.1f}" if is_share(name) else f"{after - before:+.1f}"
