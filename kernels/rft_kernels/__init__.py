@@ -1,0 +1,19 @@
+"""Statistics, selection, loss and gradient for reinforcement fine-tuning of language models."""
+
+from .linear import linear_prefix_rft_loss, linear_token_stats
+from .objective import PolicyConfig, policy_objective
+from .policy_loss import PolicyLoss, prefix_rft_loss
+from .selection import select_top_entropy
+from .token_stats import TokenStats, token_stats
+
+__all__ = [
+    "PolicyConfig",
+    "PolicyLoss",
+    "TokenStats",
+    "linear_prefix_rft_loss",
+    "linear_token_stats",
+    "policy_objective",
+    "prefix_rft_loss",
+    "select_top_entropy",
+    "token_stats",
+]

@@ -1,0 +1,371 @@
+"""The loss of a token and its derivatives by log-probability and entropy (E4 to E8). O(T).
+
+T tokens, B sequences. All loss mathematics of the package is here, once; the vocabulary-sized code
+sees two numbers a row.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check
+
+LOG_RATIO_BOUND = 20.0  # e^20 = 5e8: finite in every dtype's sums; beyond it a ratio has no slope
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """What the loss of a token is. Ratios are exp(log_prob - old_log_prob)."""
+
+    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2
+    dual_clip: float | None = None  # > 1: for A < 0 the loss is at most -A times this
+    prefix_clip: str | tuple[float, float] = (
+        "same"  # "same", "none", or (low, high) of prefix tokens
+    )
+    importance_level: str = "token"  # "sequence": one ratio a row, from its mean log-ratio
+    importance_cap: float | None = None  # > 0: weigh by min(exp(old - rollout log-prob), cap)
+    entropy_coef: float = 0.0  # the loss falls by this times the entropy, nats
+    kl: str = "none"  # estimator of the KL to the reference: "none", "k1", "k2", "k3"
+    kl_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check.number("clip_low", self.clip_low, least=0)
+        _check.number("clip_high", self.clip_high, least=0)
+        if self.dual_clip is not None:
+            _check.number("dual_clip", self.dual_clip, above=1)
+        if isinstance(self.prefix_clip, str):
+            _check.one_of("prefix_clip", self.prefix_clip, ("same", "none"))
+        else:
+            _check_pair("prefix_clip", self.prefix_clip)
+        _check.one_of("importance_level", self.importance_level, ("token", "sequence"))
+        if self.importance_cap is not None:
+            _check.number("importance_cap", self.importance_cap, above=0)
+        _check.number("entropy_coef", self.entropy_coef)
+        _check.one_of("kl", self.kl, ("none", "k1", "k2", "k3"))
+        _check.number("kl_coef", self.kl_coef)
+
+    @property
+    def uses_kl(self) -> bool:
+        return self.kl != "none" and self.kl_coef != 0
+
+    @property
+    def depends_on_row_alone(self) -> bool:
+        """Whether the derivatives of a row need nothing from the forward of other rows."""
+        return self.importance_level == "token"
+
+    @property
+    def vanishes_without_advantage(self) -> bool:
+        """Whether a token whose advantage is 0 has no gradient."""
+        return self.importance_level == "token" and not self.entropy_coef and not self.uses_kl
+
+
+def _check_pair(name: str, value: Any) -> None:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f'{name} must be "same", "none" or (low, high), got {value!r}')
+    for number in value:
+        _check.number(name, number, least=0)
+
+
+DEFAULT_CONFIG = PolicyConfig()
+
+
+class Tokens(NamedTuple):
+    """What a token's loss depends on beside its log_prob and entropy; all `[T]`, or None."""
+
+    advantages: Tensor
+    loss_mask: Tensor  # values elsewhere are never used, whatever they are
+    old_log_probs: Tensor | None = None  # None: on-policy, the ratio is 1 and has its slope
+    prefix_mask: Tensor | None = None
+    rollout_log_probs: Tensor | None = None
+    ref_log_probs: Tensor | None = None
+
+    def at(self, rows: slice | Tensor) -> "Tokens":
+        return Tokens(*(None if x is None else x[rows] for x in self))
+
+
+class Evaluation(NamedTuple):
+    """`[T]`, 0 outside the loss; derivatives of the sum of `loss`."""
+
+    loss: Tensor
+    dlog_probs: Tensor
+    dentropy: Tensor | None  # None: the loss does not see the entropy
+    metrics: dict[str, Tensor]  # 0-dim
+
+
+def evaluate(
+    log_probs: Tensor,  # [T]
+    entropy: Tensor | None,  # [T]
+    tokens: Tokens,
+    config: PolicyConfig,
+    cu_seqlens: Tensor | None = None,  # [B + 1], where the ratio is of the sequence
+) -> Evaluation:
+    """Loss, derivatives and metrics of every token."""
+    old, rollout = tokens.old_log_probs, tokens.rollout_log_probs
+    prefix = (
+        torch.zeros_like(tokens.loss_mask) if tokens.prefix_mask is None else tokens.prefix_mask
+    )
+    mask = tokens.loss_mask
+    if config.importance_cap is not None:
+        mask = mask & (prefix | rollout.isfinite())
+
+    def inside(x: Tensor) -> Tensor:
+        return torch.where(mask, x.to(log_probs.dtype), 0)
+
+    lp, advantages = inside(log_probs), inside(tokens.advantages)
+    log_ratio = torch.zeros_like(lp) if old is None else inside(log_probs - old)
+    if config.importance_level == "sequence":
+        log_ratio = _sequence_mean(log_ratio, mask, cu_seqlens)
+    sloped = log_ratio.abs() <= LOG_RATIO_BOUND
+    log_ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    ratio = log_ratio.exp()
+
+    low, high = _clip_range(prefix, config, like=ratio)
+    policy = -advantages * ratio
+    bounded = -advantages * ratio.clamp(low, high)
+    clipped = bounded > policy
+    loss = torch.maximum(policy, bounded)
+    if config.dual_clip is None:
+        dual = torch.zeros_like(mask)
+    else:
+        ceiling = -config.dual_clip * advantages
+        dual = (advantages < 0) & (loss > ceiling)
+        loss = torch.where(dual, ceiling, loss)
+    slope = torch.where(sloped & ~clipped & ~dual, policy, 0)
+    if config.importance_cap is not None:
+        gap = inside((log_probs if old is None else old) - rollout).clamp(max=LOG_RATIO_BOUND)
+        weight = torch.where(prefix, 1, gap.exp().clamp(max=config.importance_cap))
+        loss, slope = loss * weight, slope * weight
+    if config.importance_level == "sequence":
+        slope = inside(_sequence_mean(slope, mask, cu_seqlens))
+
+    ratio = inside(ratio)
+    metrics = {
+        "num_tokens": mask.sum(),
+        "num_prefix": prefix.sum(),
+        "num_selected": (mask & prefix).sum(),
+        "num_dropped": (tokens.loss_mask & ~mask).sum(),
+        "clipped_low": (clipped & (ratio < low)).sum(),
+        "clipped_high": (clipped & (ratio > high)).sum(),
+        "clipped_dual": dual.sum(),
+        "ratio_sum": ratio.sum(),
+        "ratio_max": ratio.max() if len(ratio) else ratio.sum(),
+        "approx_kl_sum": inside(ratio - 1 - log_ratio).sum(),
+    }
+    dentropy = None
+    if entropy is not None:
+        held = inside(entropy)
+        metrics["entropy_sum"] = held.sum()
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * held
+            dentropy = inside(torch.full_like(held, -config.entropy_coef))
+    if config.uses_kl:
+        kl, dkl = _kl(inside(log_probs - tokens.ref_log_probs), config.kl)
+        metrics["kl_sum"] = kl.sum()
+        loss, slope = loss + config.kl_coef * kl, slope + config.kl_coef * inside(dkl)
+    metrics = {name: value.to(lp.dtype) for name, value in metrics.items()}
+    return Evaluation(loss, slope, dentropy, metrics)
+
+
+def _clip_range(prefix: Tensor, config: PolicyConfig, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest ratio, `[T]`: prefix tokens may have their own."""
+    low, high = (torch.full_like(like, x) for x in (1 - config.clip_low, 1 + config.clip_high))
+    if config.prefix_clip == "same":
+        return low, high
+    below, above = (torch.inf,) * 2 if config.prefix_clip == "none" else config.prefix_clip
+    return torch.where(prefix, 1 - below, low), torch.where(prefix, 1 + above, high)
+
+
+def _kl(d: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """KL to the reference from d = log_prob - ref_log_prob, and its derivative."""
+    if estimator == "k1":
+        return d, torch.ones_like(d)
+    if estimator == "k2":
+        return d * d / 2, d
+    inverse = (-d).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    return inverse + d - 1, 1 - torch.where(d.abs() <= LOG_RATIO_BOUND, inverse, 0)
+
+
+def _sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Each token's mean of `x` over the masked tokens of its sequence; `x` is 0 elsewhere."""
+    offsets = cu_seqlens.long()
+    options = {"offsets": offsets, "axis": 0, "unsafe": True, "initial": 0}
+    sums = torch.segment_reduce(x, "sum", **options)
+    counts = torch.segment_reduce(mask.to(x.dtype), "sum", **options)
+    return (sums / counts.clamp(min=1))[sequence_of_token(offsets, len(x))]
+
+
+def sequence_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    positions = torch.arange(num_tokens, device=cu_seqlens.device)
+    return torch.bucketize(positions, cu_seqlens[1:].long(), right=True)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """`loss` as a function of `inputs`, whose gradients `dinputs` are already there."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, num_inputs: int, *tensors: Tensor) -> Tensor:
+        ctx.dtypes = [x.dtype for x in tensors[:num_inputs]]
+        ctx.save_for_backward(*tensors[num_inputs:])
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        # A graph that is not kept gives its saved tensors away: scaled where they are, no copy.
+        keep = (
+            torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+        )
+        scaled = [x * dloss if keep else x.mul_(dloss) for x in ctx.saved_tensors]
+        grads = [x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)]
+        return None, None, *grads, *[None] * len(grads)
+
+
+def attach_gradient(loss: Tensor, inputs: list[Tensor], dinputs: list[Tensor]) -> Tensor:
+    """`loss` (0-dim), differentiable in `inputs`; `dinputs` may be overwritten by the backward."""
+    return _KnownGradient.apply(loss, len(inputs), *inputs, *dinputs)
+
+
+def policy_objective(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    *,
+    normalizer: float | Tensor,
+    config: PolicyConfig = DEFAULT_CONFIG,
+    entropy: Tensor | None = None,
+    prefix_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped policy loss, its entropy and KL terms, over `normalizer`.
+
+        loss = sum max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) / normalizer
+               - entropy_coef sum H / normalizer + kl_coef sum kl / normalizer
+
+    Args:
+        log_probs: [...] float, of the current policy, nats.
+        old_log_probs: [...] float, before the update. None: on-policy, the ratio is exactly 1 and
+            the gradient -A.
+        advantages: [...]; or [B], one a sequence, with `cu_seqlens` or if `log_probs` is [B, L].
+        loss_mask: [...] bool; whatever stands elsewhere (NaN too) has no part in anything.
+        normalizer: above 0; a number or 0-dim tensor: num_rollouts * max_response_length of the
+            mini-batch.
+        config: the terms of the loss.
+        entropy: [...] nats; needed where config.entropy_coef is not 0.
+        prefix_mask: [...] bool: prefix tokens, which may be clipped apart and are never
+            importance-weighted.
+        cu_seqlens: [B + 1] int, 0 to T, bounds of the sequences of the flattened tokens.
+        rollout_log_probs: [...] as the engine reports; read where config.importance_cap is set. A
+            token (not of a prefix) where it is not finite leaves the loss, and is counted.
+        ref_log_probs: [...] of the reference; read where a KL term is configured.
+    Returns:
+        loss: 0-dim, dtype of `log_probs`.
+        metrics: 0-dim tensors of that dtype, sums over loss tokens: num_tokens; num_prefix (of
+            `prefix_mask`, in the loss or not); num_selected (prefix tokens in the loss);
+            clipped_low, clipped_high, clipped_dual (tokens without a slope for it); ratio_sum;
+            approx_kl_sum (of r - 1 - log r); entropy_sum; kl_sum where there is a KL term;
+            num_dropped (rollout log-prob not finite); and ratio_max, a maximum, not a sum.
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range, or missing.
+    Differentiable once in `log_probs` and `entropy`. Deterministic. The log-ratio is clamped to
+    +-LOG_RATIO_BOUND before exp.
+    """
+    _check.tensor("log_probs", log_probs)
+    _check.mask("loss_mask", loss_mask, log_probs)
+    _check.normalizer(normalizer)
+    if entropy is not None:
+        _check.tensor("entropy", entropy, shape=log_probs.shape, like=log_probs)
+    elif config.entropy_coef:
+        raise ValueError("entropy must be given, as config.entropy_coef is not 0")
+    tokens, cu_seqlens = check_tokens(
+        log_probs, old_log_probs, advantages, loss_mask, prefix_mask, cu_seqlens, rollout_log_probs,
+        ref_log_probs, config,
+    )  # fmt: skip
+    return reduce_loss(log_probs, entropy, tokens, config, cu_seqlens, normalizer)
+
+
+def check_tokens(
+    like: Tensor,  # [...] of any float dtype
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    prefix_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rollout_log_probs: Tensor | None,
+    ref_log_probs: Tensor | None,
+    config: PolicyConfig,
+) -> tuple[Tokens, Tensor | None]:
+    """Checks and flattens what the loss takes per token; and the bounds of its sequences."""
+    shape, num_tokens = like.shape, like.numel()
+    if not isinstance(config, PolicyConfig):
+        raise TypeError(f"config must be a PolicyConfig, got {type(config).__name__}")
+    _check.mask("loss_mask", loss_mask, like)
+    if prefix_mask is not None:
+        _check.mask("prefix_mask", prefix_mask, like)
+    given = {
+        "old_log_probs": old_log_probs,
+        "rollout_log_probs": rollout_log_probs,
+        "ref_log_probs": ref_log_probs,
+    }
+    for name, value in given.items():
+        if value is not None:
+            _check.tensor(name, value, shape=shape, like=like)
+    if config.importance_cap is not None and rollout_log_probs is None:
+        raise ValueError("rollout_log_probs must be given, as config.importance_cap is set")
+    if config.uses_kl and ref_log_probs is None:
+        raise ValueError(f"ref_log_probs must be given, as config.kl is {config.kl!r}")
+
+    if cu_seqlens is not None:
+        _check.cu_seqlens(cu_seqlens, num_tokens, like)
+    elif len(shape) > 1:
+        rows, length = shape[:-1].numel(), shape[-1]
+        cu_seqlens = torch.arange(rows + 1, device=like.device) * length
+    elif config.importance_level == "sequence":
+        raise ValueError(
+            "cu_seqlens must be given, or tokens as [B, L], for a ratio of the sequence"
+        )
+
+    _check.tensor("advantages", advantages, like=like)
+    if advantages.shape != shape:
+        num_sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
+        if cu_seqlens is None or advantages.numel() != num_sequences:
+            raise ValueError(
+                f"advantages must have shape {list(shape)}, or one entry for each of the "
+                f"{num_sequences} sequences, got {list(advantages.shape)}"
+            )
+        advantages = advantages.reshape(-1)[sequence_of_token(cu_seqlens, num_tokens)]
+    tokens = (advantages, loss_mask, old_log_probs, prefix_mask, rollout_log_probs, ref_log_probs)
+    return Tokens(*(None if x is None else x.detach().reshape(-1) for x in tokens)), cu_seqlens
+
+
+def reduce_loss(
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    tokens: Tokens,
+    config: PolicyConfig,
+    cu_seqlens: Tensor | None,
+    normalizer: float | Tensor,
+    gradient: tuple[list[Tensor], list[Tensor]] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of the tokens' losses over `normalizer`, differentiable, and the metrics.
+
+    `gradient`: inputs and the gradients of the sum by them, where these are known already; else the
+    inputs are `log_probs` and `entropy`.
+    """
+    log_probs = log_probs.reshape(-1)
+    inputs = [log_probs] if entropy is None else [log_probs, entropy.reshape(-1)]
+    held = None if entropy is None else inputs[1].detach()
+    result = evaluate(log_probs.detach(), held, tokens, config, cu_seqlens)
+    if gradient is None:
+        derivatives = [x for x in (result.dlog_probs, result.dentropy) if x is not None]
+        gradient = inputs[: len(derivatives)], derivatives
+    loss = attach_gradient(result.loss.sum(), *gradient)
+    return loss / detached(normalizer), result.metrics
+
+
+def detached(x: float | Tensor) -> float | Tensor:
+    return x.detach() if isinstance(x, Tensor) else x

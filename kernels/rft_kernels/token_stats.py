@@ -1,0 +1,226 @@
+"""Log-probability of the target and entropy of every row of logits, and their gradient (E1, E2).
+
+T rows, V classes. Reads T V elements forward; backward reads and writes the rows whose incoming
+gradients are not both zero.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _backends, _check
+from .torch_backend import default_scratch
+
+
+class TokenStats(NamedTuple):
+    """What the policy thinks of each token: both `[...]`, float32 (float64 for float64 logits)."""
+
+    log_probs: Tensor  # of the target, nats
+    entropy: Tensor  # of the whole distribution, nats
+
+
+def matrices(logits: Tensor) -> list[Tensor]:
+    """`[..., V]` as `[rows, V]` views in order: one if the strides allow it, and never a copy."""
+    if logits.dim() <= 2:
+        return [logits.reshape(-1, logits.shape[-1])]
+    shape, stride = logits.shape, logits.stride()
+    if all(stride[i] == stride[i + 1] * shape[i + 1] for i in range(logits.dim() - 2)):
+        return [logits.view(-1, shape[-1])]
+    return [matrix for part in logits.unbind(0) for matrix in matrices(part)]
+
+
+def row_slices(temperature: float | Tensor, *rest: Tensor | None, sizes: list[int]) -> Any:
+    """Per-row arguments cut to the sizes of the matrices; numbers and None are repeated."""
+    arguments = (temperature, *rest)
+    cut = [x.split(sizes) if isinstance(x, Tensor) else [x] * len(sizes) for x in arguments]
+    return zip(*cut, strict=True)
+
+
+@torch.library.custom_op("rft_kernels::token_stats", mutates_args=())
+def _token_stats_fwd(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [T]
+    valid: Tensor,  # [T]
+    row_temperature: Tensor | None,  # [T]
+    temperature: float,
+    vocab_size: int,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = [matrix[:, :vocab_size] for matrix in matrices(logits)]
+    t = temperature if row_temperature is None else row_temperature
+    per_row = row_slices(t, targets, valid, sizes=[len(part) for part in parts])
+    row_stats = _backends.module(backend).row_stats
+    scratch = default_scratch(logits.device)
+    stats = [
+        row_stats(part, targets, valid, t, None, scratch)
+        for part, (t, targets, valid) in zip(parts, per_row, strict=True)
+    ]
+    return stats[0] if len(stats) == 1 else tuple(map(torch.cat, zip(*stats, strict=True)))
+
+
+@_token_stats_fwd.register_fake
+def _(logits, targets, *options):
+    return _backends.new_stats(logits, len(targets), options[-1])
+
+
+def _write_grad(
+    out, logits, targets, row_temperature, temperature, vocab_size, backend, *rows
+) -> None:
+    parts, outs = matrices(logits), matrices(out)
+    if len(outs) < len(parts):
+        outs = out.view(-1, out.shape[-1]).split([len(part) for part in parts])
+    t = temperature if row_temperature is None else row_temperature
+    per_row = row_slices(t, targets, *rows, sizes=[len(part) for part in parts])
+    row_grad = _backends.module(backend).row_grad
+    scratch = default_scratch(logits.device)
+    for part, into, (t, targets, *rest) in zip(parts, outs, per_row, strict=True):
+        row_grad(into[:, :vocab_size], part[:, :vocab_size], targets, t, None, *rest, scratch)
+        into[:, vocab_size:] = 0
+
+
+@torch.library.custom_op("rft_kernels::token_stats_bwd", mutates_args=())
+def _token_stats_bwd(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [T]
+    row_temperature: Tensor | None,  # [T]
+    temperature: float,
+    vocab_size: int,
+    backend: str,
+    entropy: Tensor,  # [T]
+    saved: Tensor,  # [T, k]
+    dlog_probs: Tensor | None,  # [T]
+    dentropy: Tensor | None,  # [T]
+) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    rows = (entropy, saved, dlog_probs, dentropy)
+    _write_grad(out, logits, targets, row_temperature, temperature, vocab_size, backend, *rows)
+    return out
+
+
+@_token_stats_bwd.register_fake
+def _(logits, *_):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("rft_kernels::token_stats_bwd_", mutates_args={"logits"})
+def _token_stats_bwd_(
+    logits: Tensor,  # [..., V], overwritten by its gradient
+    targets: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    vocab_size: int,
+    backend: str,
+    entropy: Tensor,
+    saved: Tensor,
+    dlog_probs: Tensor | None,
+    dentropy: Tensor | None,
+) -> None:
+    rows = (entropy, saved, dlog_probs, dentropy)
+    _write_grad(logits, logits, targets, row_temperature, temperature, vocab_size, backend, *rows)
+
+
+@_token_stats_bwd_.register_fake
+def _(*_):
+    return None
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, targets, valid, row_temperature, *ctx.options = inputs
+    _, entropy, saved = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(logits, targets, valid, row_temperature, entropy, saved)
+
+
+def _backward(ctx, dlog_probs, dentropy, _):
+    logits, targets, valid, row_temperature, entropy, saved = ctx.saved_tensors
+    temperature, vocab_size, inplace_backward, backend = ctx.options
+    if dlog_probs is None and dentropy is None:
+        return (None,) * 8
+    g, h = (None if d is None else torch.where(valid, d, 0) for d in (dlog_probs, dentropy))
+    arguments = (targets, row_temperature, temperature, vocab_size, backend, entropy, saved, g, h)
+    if inplace_backward:
+        _token_stats_bwd_(logits, *arguments)
+        return (logits,) + (None,) * 7
+    return (_token_stats_bwd(logits, *arguments),) + (None,) * 7
+
+
+_token_stats_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    row_mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> TokenStats:
+    """Log-probability of the target and entropy of softmax(logits / temperature), row by row.
+
+        log_prob = z_y - lse(z),  H = -sum_j p_j log p_j,  z = logits / temperature,  p = softmax(z)
+
+    Args:
+        logits: [..., V] float16, bfloat16, float32 or float64; rows may be strided; entries may be
+            -inf.
+        targets: [...] int64 or int32, already shifted; -100 = no target.
+        temperature: above 0; a number, or [...] one a row. Applied in the dtype of the statistics.
+        row_mask: [...] bool; rows that are False give 0 and get no gradient, whatever they hold.
+        vocab_size: columns from here on are padding: never part of the softmax, gradient exactly 0.
+        inplace_backward: the backward writes the gradient over `logits`, which must not be needed
+            afterwards (the output of a linear layer is not); a second backward then raises.
+        backend: "auto", "torch" or "triton".
+    Returns:
+        TokenStats of shape [...]; rows without a target are 0.
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range. Targets are
+            looked at on a CPU only; elsewhere one outside the vocabulary makes its log_prob NaN.
+    Both outputs are differentiable once in `logits`. Deterministic. Reads every row once; the
+    backward reads and writes the rows whose incoming gradients are not both zero.
+    """
+    _check.tensor("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V at least 1, got {list(logits.shape)}")
+    shape = logits.shape[:-1]
+    if vocab_size is None:
+        vocab_size = logits.shape[-1]
+    _check.integer("vocab_size", vocab_size, least=1, most=logits.shape[-1])
+    valid = check_rows(logits, shape, targets, temperature, row_mask, vocab_size)
+    if inplace_backward and 0 in logits.stride():
+        raise ValueError("inplace_backward needs logits that do not repeat memory (no expand)")
+    per_row = isinstance(temperature, Tensor)
+    log_probs, entropy, _ = _token_stats_fwd(
+        logits,
+        targets.reshape(-1),
+        valid.reshape(-1),
+        temperature.detach().reshape(-1) if per_row else None,
+        1.0 if per_row else float(temperature),
+        vocab_size,
+        inplace_backward,
+        _backends.resolve(backend),
+    )
+    return TokenStats(log_probs.view(shape), entropy.view(shape))
+
+
+def check_rows(
+    like: Tensor,
+    shape: torch.Size,
+    targets: Tensor,
+    temperature: float | Tensor,
+    row_mask: Tensor | None,
+    vocab_size: int,
+) -> Tensor:
+    """Checks what every statistics op takes per row; returns the rows that have an output."""
+    _check.tensor("targets", targets, dtypes=_check.INTEGERS, shape=shape, like=like)
+    _check.temperature(temperature, like, shape)
+    if row_mask is None:
+        valid = targets != _check.NO_TARGET
+    else:
+        _check.mask("row_mask", row_mask, targets)
+        valid = row_mask & (targets != _check.NO_TARGET)
+    _check.targets(targets, valid, vocab_size)
+    return valid

@@ -1,0 +1,125 @@
+"""Chunked torch: the two vocabulary-sized primitives, a few rows at a time (E1, E2).
+
+T rows, V classes. A block of rows is widened to the dtype of the statistics, so at most
+`scratch_bytes` of vocabulary-sized temporaries live at once (one row's worth at least), and on a
+CPU they stay in cache. Reads each row once per primitive; rows that are not `valid`, or whose two
+gradient scalars are zero, are not read on a CPU. On a device every row is read and the result of
+such rows is discarded, since leaving them out would need their number on the host.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Enough rows to share among threads and few enough for a last-level cache; a device wants less
+# launches instead.
+_SCRATCH_BYTES = {"cpu": 2**24, "cuda": 2**28}
+_COPIES = 4  # block-sized tensors alive at once: logits, slope, p, log p
+NUM_SAVED = 0  # numbers a row that row_grad wants back from row_stats
+_LOWEST_LOG_P = -1e4  # e^x is 0 long before, in float64 too, so that 0 * log 0 is 0
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def default_scratch(device: torch.device) -> int:
+    return _SCRATCH_BYTES.get(device.type, _SCRATCH_BYTES["cuda"])
+
+
+def row_stats(
+    logits: Tensor,  # [T, V], any row stride
+    targets: Tensor,  # [T]
+    valid: Tensor,  # [T] bool
+    temperature: float | Tensor,  # or [T]
+    softcap: float | None,
+    scratch_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of the target and entropy of each valid row, 0 elsewhere; nothing saved."""
+    num_rows, vocab_size = logits.shape
+    dtype = stats_dtype(logits.dtype)
+    log_probs = torch.zeros(num_rows, dtype=dtype, device=logits.device)
+    entropy = torch.zeros_like(log_probs)
+    in_range = (targets >= 0) & (targets < vocab_size)
+    index = torch.where(in_range, targets, 0).long()
+    for rows in _blocks(valid, logits, scratch_bytes):
+        z, _ = _scaled(logits[rows], at(temperature, rows), softcap, dtype)
+        log_p = torch.log_softmax(z, -1)
+        log_probs[rows] = log_p.gather(-1, index[rows, None]).squeeze(-1)
+        p_log_p = torch.softmax(z, -1).mul_(log_p.clamp_(min=_LOWEST_LOG_P))
+        entropy[rows] = p_log_p.sum(-1).neg_().clamp_(min=0)
+    log_probs = torch.where(valid, torch.where(in_range, log_probs, torch.nan), 0)
+    return log_probs, torch.where(valid, entropy, 0), log_probs.new_empty(num_rows, NUM_SAVED)
+
+
+def row_grad(
+    out: Tensor,  # [T, V], written; may be logits
+    logits: Tensor,  # [T, V]
+    targets: Tensor,  # [T]
+    temperature: float | Tensor,  # or [T]
+    softcap: float | None,
+    entropy: Tensor,  # [T]
+    saved: Tensor,  # [T, NUM_SAVED]
+    dlog_probs: Tensor | None,  # [T]
+    dentropy: Tensor | None,  # [T]
+    scratch_bytes: int,
+) -> None:
+    """dz_j = g (1[j = y] - p_j) - h p_j (log p_j + H), through temperature and softcap."""
+    dtype = stats_dtype(logits.dtype)
+    g = torch.zeros_like(entropy) if dlog_probs is None else dlog_probs
+    active = g != 0 if dentropy is None else (g != 0) | (dentropy != 0)
+    index = torch.where((targets >= 0) & (targets < logits.shape[1]), targets, 0).long()
+    for rows in _blocks(active, logits, scratch_bytes):
+        t = at(temperature, rows)
+        z, slope = _scaled(logits[rows], t, softcap, dtype)
+        g_rows = (g[rows] / t)[:, None]
+        dz = torch.softmax(z, -1)
+        if dentropy is None:
+            dz.mul_(-g_rows)
+        else:
+            log_p = torch.log_softmax(z, -1).clamp_(min=_LOWEST_LOG_P)
+            h_rows = (dentropy[rows] / t)[:, None]
+            dz.mul_(log_p.add_(entropy[rows, None]).mul_(h_rows).add_(g_rows)).neg_()
+        dz.scatter_add_(-1, index[rows, None], g_rows)
+        if slope is not None:
+            dz.mul_(slope)
+        if isinstance(rows, slice):
+            dz.masked_fill_(~active[rows, None], 0)
+        out[rows] = dz.to(out.dtype)
+    if out.device.type == "cpu":
+        out.index_fill_(0, (~active).nonzero().squeeze(-1), 0)
+
+
+def _blocks(chosen: Tensor, logits: Tensor, scratch_bytes: int) -> Iterator[slice | Tensor]:
+    """Slices of all rows, or on a CPU index vectors of the chosen ones if some are not."""
+    num_rows, vocab_size = logits.shape
+    row_bytes = _COPIES * vocab_size * stats_dtype(logits.dtype).itemsize
+    size = max(1, scratch_bytes // row_bytes)
+    if chosen.device.type == "cpu" and not chosen.all():
+        rows = chosen.nonzero().squeeze(-1)
+        yield from rows.split(size) if len(rows) else ()
+    else:
+        for start in range(0, num_rows, size):
+            yield slice(start, start + size)
+
+
+def at(x: float | Tensor | None, rows: slice | Tensor) -> float | Tensor | None:
+    """The rows of a per-row argument; a number or None holds for all."""
+    return x[rows] if isinstance(x, Tensor) else x
+
+
+def _scaled(
+    logits: Tensor, temperature: float | Tensor, softcap: float | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """z = softcap(logits) / temperature, and the slope of the softcap."""
+    z, slope = logits.to(dtype), None
+    if softcap is not None:
+        z = torch.tanh(z / softcap)
+        slope = 1 - z * z
+        z *= softcap
+    if isinstance(temperature, Tensor):
+        z = z / temperature.to(dtype)[:, None]
+    elif temperature != 1:
+        z = z / temperature
+    return z, slope
