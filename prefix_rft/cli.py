@@ -154,7 +154,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0: done, 2: something to put right, 128 + n: ended by signal n."""
+    """Run one command; 0: done, 2: something to put right, 130: interrupted."""
     try:
         return parse(sys.argv[1:] if argv is None else argv).run()
     except UserError as error:

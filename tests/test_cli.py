@@ -155,7 +155,8 @@ def test_user_errors_are_one_line_and_all_others_keep_their_traceback(
     assert run(UserError("no such data")) == 2
     assert capsys.readouterr().err == "error: no such data\n"
     assert run(KeyboardInterrupt()) == 130
-    assert run(Stopped(signal.SIGTERM)) == 143
+    assert run(Stopped(signal.SIGINT)) == 130
+    assert run(Stopped(signal.SIGTERM)) == 0
     with pytest.raises(ValueError, match="ours"):
         run(ValueError("ours"))
 
