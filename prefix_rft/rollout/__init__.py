@@ -9,7 +9,7 @@ from prefix_rft.data_types import Completion, RolloutRequest
 
 
 class RolloutEngine(Protocol):
-    """Generates with the weights of the last `update_weights`; `weights_version` says which they are."""
+    """Generates with the weights of the last `update_weights`, whose number is `weights_version`."""
 
     weights_version: int
 
@@ -25,9 +25,13 @@ class RolloutEngine(Protocol):
         seed: int,
         weights_version: int,
     ) -> list[Completion]:
-        """One completion per request, in order; temperature 0 is greedy.
+        """One completion per request, in order.
 
+        Args:
+            temperature: of the sampling and of the log-probs; 0 is greedy, with log-probs at 1.
+            seed: equal requests, seed and weights give equal tokens.
         Raises:
             RuntimeError: `weights_version` is not the engine's: the weights are stale.
+            ValueError: a request without prompt or budget, or too long for the model.
         """
         ...

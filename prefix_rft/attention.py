@@ -1,0 +1,80 @@
+"""The `sdpa` attention of transformers without two of its costs.
+
+- Packed rows: transformers isolates them by a [T, T] mask, whose work grows with the square of all
+  tokens. Here rows are padded to the longest, inside the attention only.
+- Decoding with grouped heads under a mask: transformers repeats the whole cache for every query
+  head. Here the query heads of a group are queries of one head.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+LEAN_SDPA = "lean_sdpa"  # a name for `model.set_attn_implementation`
+
+
+def lean_sdpa_forward(
+    module: nn.Module,
+    query: torch.Tensor,  # [1, H, T, d] with cu_seq_lens_q, else [B, H, L, d]
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cu_seq_lens_q: torch.Tensor | None = None,  # [B + 1] int32, bounds of the packed rows
+    max_length_q: int | None = None,  # of a packed row, on the host
+    sliding_window: int | None = None,  # tokens a query sees, itself included
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """softmax(q k^T) v within each row; without `cu_seq_lens_q` it is the `sdpa` of transformers.
+
+    Returns:
+        [1, T, H, d] (or [B, L, H, d]), and no attention weights.
+    """
+    if cu_seq_lens_q is None:
+        if query.shape[2] == 1 and query.shape[1] > key.shape[1]:
+            return _decode_grouped(query, key, value, attention_mask, kwargs["scaling"]), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    assert max_length_q is not None
+    num_rows, num_tokens, device = len(cu_seq_lens_q) - 1, query.shape[2], query.device
+    tokens = torch.arange(num_tokens, device=device, dtype=cu_seq_lens_q.dtype)
+    row = torch.searchsorted(cu_seq_lens_q[1:], tokens, right=True)
+    place = row * max_length_q + (tokens - cu_seq_lens_q[row])  # [T], in the padded layout
+
+    def pad(packed: torch.Tensor) -> torch.Tensor:  # [1, H, T, d] -> [B, H, L, d]
+        flat = packed[0].transpose(0, 1)
+        padded = flat.new_zeros(num_rows * max_length_q, *flat.shape[1:])
+        padded = padded.index_copy(0, place, flat)
+        return padded.unflatten(0, (num_rows, max_length_q)).transpose(1, 2)
+
+    window_mask = None  # plain causal
+    if sliding_window is not None and sliding_window < max_length_q:
+        positions = torch.arange(max_length_q, device=device)
+        distance = positions[:, None] - positions[None]
+        window_mask = (distance >= 0) & (distance < sliding_window)
+    output, _ = sdpa_attention_forward(
+        module, pad(query), pad(key), pad(value), window_mask, **kwargs
+    )
+    return output.flatten(0, 1)[place][None], None
+
+
+def _decode_grouped(
+    query: torch.Tensor,  # [B, H, 1, d]
+    key: torch.Tensor,  # [B, H / groups, L, d]
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # [B, 1, 1, L] bool
+    scaling: float,
+) -> torch.Tensor:  # [B, 1, H, d]
+    grouped = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]
+    output = scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return output.flatten(1, 2)[:, None]
+
+
+AttentionInterface.register(LEAN_SDPA, lean_sdpa_forward)
+AttentionMaskInterface.register(LEAN_SDPA, sdpa_mask)

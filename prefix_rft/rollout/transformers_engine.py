@@ -1,0 +1,310 @@
+"""Generation by the trainer's own module: left padding, growing KV cache, finished rows dropped."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from prefix_rft.data_types import Completion, RolloutRequest
+
+_NOT_FORCED = -1  # in place of a token id
+_COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are dropped from the cache
+_MIN_SPARE_COLUMNS = 64  # room that a cache buffer is given beyond what it holds
+_CHECK_EVERY_CUDA = 8  # tokens between looks at which rows live; each look waits for the device
+
+
+class TransformersEngine:
+    """A `RolloutEngine` that shares its module with the trainer: new weights are there at once.
+
+    Args:
+        model: a causal language model of transformers, whose weights are version 0.
+        eos_token_ids: each of them ends a completion.
+        pad_token_id: fed at masked positions only; may be an end-of-sequence token.
+        vocab_size: tokens of the tokenizer; columns past it are never sampled and take no part in
+            the softmax.
+        max_batch_sequences: sequences generated at once.
+        autocast_dtype: of the forward, as in training; None: the weights' dtype.
+    Raises:
+        ValueError: no end-of-sequence token, no room for a sequence, or a `vocab_size` outside
+            [1, columns of the lm_head].
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        vocab_size: int,
+        max_batch_sequences: int,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        num_columns = model.get_output_embeddings().weight.shape[0]
+        if not 1 <= vocab_size <= num_columns:
+            raise ValueError(f"vocab_size: expected 1 to {num_columns}, got {vocab_size}")
+        if not eos_token_ids:
+            raise ValueError("eos_token_ids: expected at least one id, got none")
+        if max_batch_sequences < 1:
+            raise ValueError(f"max_batch_sequences: expected at least 1, got {max_batch_sequences}")
+        self.weights_version = 0
+        self._model = model
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._pad_token_id = pad_token_id
+        self._vocab_size = vocab_size
+        self._max_batch_sequences = max_batch_sequences
+        self._autocast_dtype = autocast_dtype
+
+    def update_weights(self, model: PreTrainedModel, version: int) -> None:
+        """Generate with `model` from now on; nothing is copied."""
+        self._model = model
+        self.weights_version = version
+
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        temperature: float,
+        seed: int,
+        weights_version: int,
+    ) -> list[Completion]:
+        """One completion per request, in order.
+
+        Temperature 0 is greedy, with log-probs at temperature 1.
+
+        Equal requests, seed and weights give equal tokens, bit for bit on one machine.
+
+        Raises:
+            RuntimeError: `weights_version` is not the engine's.
+            ValueError: a request without tokens, with no budget, or too long for the model.
+        """
+        if weights_version != self.weights_version:
+            raise RuntimeError(
+                f"stale weights: generate was asked for version {weights_version}, "
+                f"the engine holds version {self.weights_version}"
+            )
+        if temperature < 0:
+            raise ValueError(f"temperature: expected at least 0, got {temperature}")
+        self._check(requests)
+        device = self._model.device
+        generator = torch.Generator(device).manual_seed(seed)
+        # Prompts of like length together: little padding. The longest first: memory runs out at
+        # once or never.
+        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
+        completions: dict[int, Completion] = {}
+        with (
+            _eval_mode(self._model),
+            torch.no_grad(),
+            torch.autocast(
+                device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
+            ),
+        ):
+            for start in range(0, len(order), self._max_batch_sequences):
+                indices = order[start : start + self._max_batch_sequences]
+                batch = [requests[i] for i in indices]
+                completions.update(
+                    zip(indices, self._generate_batch(batch, temperature, generator), strict=True)
+                )
+        return [completions[i] for i in range(len(requests))]
+
+    def _check(self, requests: Sequence[RolloutRequest]) -> None:
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        for i, request in enumerate(requests):
+            if not request.prompt_ids:
+                raise ValueError(f"requests[{i}].prompt_ids: expected at least one token, got none")
+            if request.max_new_tokens < 1:
+                raise ValueError(
+                    f"requests[{i}].max_new_tokens: expected at least 1, "
+                    f"got {request.max_new_tokens}"
+                )
+            total = len(request.prompt_ids) + len(request.prefix_ids) + request.max_new_tokens
+            if limit is not None and total > limit:
+                raise ValueError(
+                    f"requests[{i}]: expected at most {limit} tokens (the model's "
+                    f"max_position_embeddings), got {len(request.prompt_ids)} of prompt + "
+                    f"{len(request.prefix_ids)} of prefix + {request.max_new_tokens} new"
+                )
+
+    def _generate_batch(
+        self, requests: Sequence[RolloutRequest], temperature: float, generator: torch.Generator
+    ) -> list[Completion]:
+        model, device = self._model, self._model.device
+        batch = _Batch(requests, self._pad_token_id, model)
+        eos = torch.tensor(self._eos_token_ids, device=device)
+        check_every = 1 if device.type == "cpu" else _CHECK_EVERY_CUDA
+        # [requests, steps]; a completion is a span of steps, what lies outside is never read.
+        tokens = torch.zeros(len(requests), batch.num_steps, dtype=torch.int64, device=device)
+        log_probs = torch.zeros(tokens.shape, dtype=torch.float64, device=device)
+        ends = torch.tensor(batch.ends, device=device)  # [requests] step after the last token
+        has_stopped = torch.zeros_like(ends, dtype=torch.bool)
+
+        for step in range(batch.num_steps):
+            logits = batch.next_logits(model)[:, : self._vocab_size]
+            sampled, sampled_log_probs = _sample(logits, temperature, generator)
+            forced = batch.forced[:, step]
+            sampled = torch.where(forced == _NOT_FORCED, sampled, forced)
+            rows = batch.rows
+            tokens[rows, step] = sampled
+            log_probs[rows, step] = sampled_log_probs.double()
+            stops = torch.isin(sampled, eos) & (forced == _NOT_FORCED) & (ends[rows] > step)
+            ends[rows] = torch.where(stops, step + 1, ends[rows])
+            has_stopped[rows] |= stops
+            batch.append(sampled)
+            if (step + 1) % check_every == 0:
+                is_alive = ends[rows] > step + 1
+                num_alive = int(is_alive.sum())
+                if num_alive == 0:
+                    break
+                if num_alive < _COMPACT_BELOW * len(rows):
+                    batch.select(is_alive.nonzero()[:, 0])
+        return [
+            Completion(
+                token_ids=tuple(ids[start:end]),
+                log_probs=tuple(values[start:end]),
+                finish_reason="stop" if stopped else "length",
+            )
+            for ids, values, start, end, stopped in zip(
+                tokens.tolist(),
+                log_probs.tolist(),
+                batch.starts,
+                ends.tolist(),
+                has_stopped.tolist(),
+                strict=True,
+            )
+        ]
+
+
+class _Batch:
+    """Sequences generated at once: what the model reads next, and its cache of what it has read.
+
+    The contexts are read up to one common width W, the rest of them token by token while the others
+    already generate. W is the least that costs no step more than the largest budget: the long
+    prefixes of a few rows then neither pad the prompts of all others nor their caches.
+    """
+
+    def __init__(
+        self, requests: Sequence[RolloutRequest], pad_token_id: int, model: PreTrainedModel
+    ) -> None:
+        device = model.device
+        contexts = [request.prompt_ids + request.prefix_ids for request in requests]
+        budgets = [request.max_new_tokens for request in requests]
+        totals = [len(c) + b for c, b in zip(contexts, budgets, strict=True)]
+        shortest = min(map(len, contexts))
+        self._width = max(shortest, max(totals) - max(budgets))  # columns after the next forward
+        self.starts = [max(0, len(c) - self._width) for c in contexts]  # step of the first token
+        self.ends = [s + b for s, b in zip(self.starts, budgets, strict=True)]
+        self.num_steps = max(self.ends)
+        padding = [max(0, self._width - len(c)) for c in contexts]
+        self._input_ids = torch.tensor(
+            [
+                [pad_token_id] * pad + list(context[: self._width])
+                for pad, context in zip(padding, contexts, strict=True)
+            ],
+            device=device,
+        )
+        self.forced = torch.tensor(  # [B, steps]
+            [
+                list(context[self._width :]) + [_NOT_FORCED] * (self.num_steps - start)
+                for start, context in zip(self.starts, contexts, strict=True)
+            ],
+            device=device,
+        )
+        first = torch.tensor(padding, device=device)[:, None]
+        columns = torch.arange(self._width + self.num_steps, device=device)
+        self._attention_mask = columns >= first
+        self._position_ids = (columns[: self._width] - first).clamp(min=0)
+        self._cache = DynamicCache(config=model.config)
+        self._cache.layers = [
+            _GrowingLayer() if type(layer) is DynamicLayer else layer
+            for layer in self._cache.layers
+        ]
+        self.rows = torch.arange(len(requests), device=device)  # [B] index of the request
+
+    def next_logits(self, model: PreTrainedModel) -> torch.Tensor:
+        """Read the pending tokens; the logits after the last of them, [B, V]."""
+        output = model(
+            input_ids=self._input_ids,
+            attention_mask=self._attention_mask[:, : self._width],
+            position_ids=self._position_ids,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def append(self, tokens: torch.Tensor) -> None:
+        """Make `tokens` [B] the pending ones."""
+        self._input_ids = tokens[:, None]
+        self._position_ids = self._position_ids[:, -1:] + 1
+        self._width += 1
+
+    def select(self, keep: torch.Tensor) -> None:
+        """Go on with the rows `keep` [B'], ascending."""
+        self._input_ids, self._position_ids = self._input_ids[keep], self._position_ids[keep]
+        self._attention_mask, self.forced = self._attention_mask[keep], self.forced[keep]
+        self.rows = self.rows[keep]
+        self._cache.batch_select_indices(keep)
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values with room to spare: a new token is written, not all copied to append it."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = (key_states[:, :, :0], value_states[:, :, :0])
+        if end > self._buffers[0].shape[-2]:
+            self._buffers = (self._grown(0, end), self._grown(1, end))
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def _grown(self, index: int, length: int) -> torch.Tensor:
+        # Autocast leaves rotated keys in float32, and attention rounds them like the values:
+        # stored in the values' dtype they take half the room for the same result.
+        old, dtype = self._buffers[index], self._buffers[1].dtype
+        capacity = length + max(_MIN_SPARE_COLUMNS, length // 2)
+        new = old.new_empty((*old.shape[:2], capacity, old.shape[3]), dtype=dtype)
+        new[:, :, : old.shape[2]] = old
+        return new
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, ascending."""
+        length = self.get_seq_length()
+        for buffer in self._buffers:
+            buffer[: len(indices), :, :length] = buffer[indices, :, :length]
+        self._buffers = tuple(buffer[: len(indices)] for buffer in self._buffers)
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+
+def _sample(
+    logits: torch.Tensor, temperature: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [B] drawn from softmax(logits [B, V] / temperature), and their log-probs [B]."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    log_probs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    scores = log_probs
+    if temperature > 0:
+        # The largest log-prob + Gumbel noise is a draw, repeatable where a cumulative sum is not.
+        noise = torch.empty_like(log_probs).exponential_(generator=generator)
+        scores = log_probs - noise.log_()
+    tokens = scores.argmax(dim=-1)
+    return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
+
+
+@contextmanager
+def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout, and no gradient checkpointing (it turns the cache off); the mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
