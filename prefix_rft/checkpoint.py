@@ -34,15 +34,19 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerState:
-    """Where a run stands; with the seed this is also the position in the data."""
+    """Where a run stands; the schedules and the position in the data follow from the step."""
 
     step: int  # steps done
     data_fingerprint: str  # of the training problems
-    scheduler: dict  # its state_dict
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Steps done at a checkpoint, from its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:

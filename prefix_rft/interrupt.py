@@ -7,7 +7,11 @@ from types import FrameType
 
 
 class Stopped(BaseException):
-    """The user or the scheduler asked the run to end. Not an error."""
+    """The user or the scheduler asked the run to end, by `signal`. Not an error."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
 
 
 class Interrupt:
@@ -33,12 +37,12 @@ class Interrupt:
         for each in self.SIGNALS:
             signal.signal(each, self._previous[each])
         if self._abandonable:
-            raise Stopped
+            raise Stopped(number)
 
     def check(self) -> None:
         """Raise `Stopped` if a signal came."""
         if self.signal is not None:
-            raise Stopped
+            raise Stopped(self.signal)
 
     @contextmanager
     def abandonable(self) -> Iterator[None]:

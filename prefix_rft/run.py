@@ -6,16 +6,24 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from prefix_rft.base_model import resolve_base
-from prefix_rft.checkpoint import list_checkpoints
+from prefix_rft.checkpoint import checkpoint_dir, checkpoint_step, list_checkpoints
 from prefix_rft.config import Config, save_config
 from prefix_rft.data import load_problems
 from prefix_rft.evaluate import evaluate
 from prefix_rft.interrupt import Interrupt, Stopped
 from prefix_rft.metrics import MetricsLogger
-from prefix_rft.model import Policy, export, load_model, load_tokenizer
+from prefix_rft.model import (
+    Policy,
+    eos_token_ids,
+    export,
+    load_model,
+    load_tokenizer,
+    resolve_autocast_dtype,
+)
 from prefix_rft.report import write_report
 from prefix_rft.reward import Rewarder, RewardError
 from prefix_rft.rollout.transformers_engine import TransformersEngine
+from prefix_rft.testbed import make_rows
 from prefix_rft.trainer import Trainer
 
 SUMMARY_FILE = "summary.json"
@@ -28,44 +36,51 @@ def train(config: Config, *, resume: bool = False) -> dict:
         resume: continue from the newest checkpoint of the folder, if there is one; a finished run
             is left as it is.
     Returns:
-        the summary: "base" and "trained", each as `evaluate` returns it, and "num_steps".
+        the summary: "base" and "trained", each as `evaluate` returns it.
     Raises:
         UserError: something the user can put right.
         Stopped: SIGINT or SIGTERM came; the last whole step is in a checkpoint.
     """
     run_dir = config.run_dir
     summary = _read_summary(run_dir) if resume else {}
-    if summary.get("num_steps") == config.trainer.num_steps:
-        return summary
     checkpoints = list_checkpoints(run_dir) if resume else []
+    last = checkpoint_dir(run_dir, config.trainer.num_steps)
+    if "trained" in summary and last in checkpoints:
+        return summary
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.toml")
 
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
-        setup = stack.enter_context(Setup(config, resolve_base(config)))
-        trainer = setup.trainer()
-        if checkpoints:
-            trainer.restore(checkpoints[-1])
+        with interrupt.abandonable():
+            setup = stack.enter_context(Setup(config, resolve_base(config)))
         logger = stack.enter_context(
             MetricsLogger(
                 run_dir,
                 config.log,
                 num_steps=config.trainer.num_steps,
-                start_step=trainer.step_index,
+                start_step=checkpoint_step(checkpoints[-1]) if checkpoints else 0,
             )
         )
+        for report in setup.data.reports:
+            logger.message(str(report))
         if "base" not in summary:
+            logger.message("evaluating the base model")
             with interrupt.abandonable():
                 summary = {"base": setup.evaluate()}
             _write_summary(run_dir, summary)
             logger.log(0, _eval_metrics(summary["base"]), kind="eval")
+        trainer = setup.trainer()
+        if checkpoints:
+            logger.message(f"resuming from {checkpoints[-1]}")
+            trainer.restore(checkpoints[-1])
         _loop(config, setup, trainer, logger, interrupt)
+        logger.message("evaluating the trained model")
         with interrupt.abandonable():
             trained = setup.evaluate()
         logger.log(trainer.step_index, _eval_metrics(trained), kind="eval")
     export(setup.policy.model, setup.tokenizer, run_dir / "model")
-    summary |= {"trained": trained, "num_steps": config.trainer.num_steps}
+    summary["trained"] = trained
     _write_summary(run_dir, summary)
     write_report(run_dir)
     return summary
@@ -77,11 +92,28 @@ class Setup:
     def __init__(self, config: Config, model_path: Path | str) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(model_path, config.model.chat_template)
-        self.problems, self.held_out = load_problems(config, self.tokenizer)
+        self.data = load_problems(
+            config.data,
+            self.tokenizer,
+            max_response_length=config.rollout.max_response_length,
+            seed=config.seed,
+            rows=_testbed_rows(config) if config.data.path == "testbed" else None,
+            check_answers=config.reward.function is None,
+        )
         model = load_model(config.model, model_path)
-        self.policy = Policy(model, self.tokenizer, temperature=config.rollout.temperature)
-        self.engine = TransformersEngine(model)
-        self.rewarder = Rewarder(config.reward, config.data.answer_pattern)
+        shared = {
+            "vocab_size": len(self.tokenizer),
+            "autocast_dtype": resolve_autocast_dtype(config.model),
+        }
+        self.policy = Policy(model, temperature=config.rollout.temperature, **shared)
+        self.engine = TransformersEngine(
+            model,
+            eos_token_ids=eos_token_ids(model, self.tokenizer),
+            pad_token_id=self.tokenizer.pad_token_id,
+            max_batch_sequences=config.rollout.max_batch_sequences,
+            **shared,
+        )
+        self.rewarder = Rewarder(config.reward, answer_pattern=config.data.answer_pattern)
 
     def __enter__(self) -> "Setup":
         return self
@@ -96,13 +128,13 @@ class Setup:
             tokenizer=self.tokenizer,
             engine=self.engine,
             rewarder=self.rewarder,
-            problems=self.problems,
+            problems=self.data.train,
         )
 
     def evaluate(self) -> dict:
         """Accuracy of the current weights on the held-out problems."""
         return evaluate(
-            self.held_out,
+            self.data.held_out,
             self.engine,
             self.rewarder,
             self.tokenizer,
@@ -110,6 +142,12 @@ class Setup:
             max_response_length=self.config.rollout.max_response_length,
             seed=self.config.seed,
         )
+
+
+def _testbed_rows(config: Config) -> list[dict]:
+    """Training rows, then the held-out ones."""
+    train, held_out = make_rows(config.testbed, config.data.num_eval, config.seed)
+    return train + held_out
 
 
 def _loop(

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.checkpoint import TrainerState, load_checkpoint, save_checkpoint
-from prefix_rft.config import Config
+from prefix_rft.config import Config, OptimizerConfig
 from prefix_rft.data import batch_indices
 from prefix_rft.data_types import Group, MiniBatch, Problem, Rollout, TrainBatch, Update
 from prefix_rft.interrupt import Interrupt
@@ -27,8 +27,8 @@ from prefix_rft.rollout import RolloutEngine
 class Trainer:
     """The state of a run and the step that advances it.
 
-    Everything random in step t follows from (seed, t): a run continues from `step_index`, the
-    weights, the optimizer and the scheduler.
+    Everything random and scheduled in step t follows from (config, t): a run continues from
+    `step_index`, the weights and the optimizer.
     """
 
     def __init__(
@@ -56,13 +56,6 @@ class Trainer:
             eps=config.optimizer.eps,
             weight_decay=config.optimizer.weight_decay,
         )
-        schedule = config.optimizer.schedule
-        self.scheduler = get_scheduler(
-            "constant_with_warmup" if schedule == "constant" else schedule,
-            self.optimizer,
-            num_warmup_steps=config.optimizer.warmup_steps,
-            num_training_steps=config.trainer.num_steps,
-        )
         self.step_index = 0  # steps done
 
     def train_step(self, interrupt: Interrupt) -> tuple[dict[str, float], dict]:
@@ -78,9 +71,13 @@ class Trainer:
                 mini_batches = self.mini_batches(groups)
                 if self.updates_per_step > 1:
                     mini_batches = [self.with_old_log_probs(each, ledger) for each in mini_batches]
+            lr = learning_rate(
+                self.step_index, self.config.optimizer, self.config.trainer.num_steps
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            ledger.add("optim/lr", lr)
             updates = [self.update(mini_batch, ledger) for mini_batch in mini_batches]
-            ledger.add("optim/lr", self.scheduler.get_last_lr()[0])
-            self.scheduler.step()
             self.step_index += 1
             self.engine.update_weights(self.policy.model, version=self.step_index)
         measure_rollouts(ledger, groups, self.tokenizer, self.rewarder.has_answer)
@@ -92,21 +89,19 @@ class Trainer:
         state = TrainerState(
             step=self.step_index,
             data_fingerprint=fingerprint(self.problems),
-            scheduler=self.scheduler.state_dict(),
         )
         keep = self.config.trainer.keep_checkpoints
         save_checkpoint(run_dir, self.policy.model, self.optimizer, state, keep=keep)
         return self.step_index
 
     def restore(self, checkpoint: Path) -> None:
-        """Take up the weights, the optimizer, the schedule and the step of a checkpoint."""
+        """Take up the weights, the optimizer and the step of a checkpoint."""
         state = load_checkpoint(
             checkpoint,
             self.policy.model,
             self.optimizer,
             data_fingerprint=fingerprint(self.problems),
         )
-        self.scheduler.load_state_dict(state.scheduler)
         self.step_index = state.step
         self.engine.update_weights(self.policy.model, version=self.step_index)
 
@@ -227,6 +222,20 @@ class Trainer:
             stats = self.policy.token_stats(take_rows(batch, part))
             log_probs[index], entropy[index] = stats.log_probs, stats.entropy
         return log_probs, entropy
+
+
+def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
+    """Of `step` (from 0): a linear warm-up, then constant, or falling to 0 at `num_steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    match config.schedule:
+        case "constant":
+            return config.lr
+        case "linear":
+            return config.lr * (1 - progress)
+        case "cosine":
+            return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:

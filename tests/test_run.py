@@ -1,0 +1,137 @@
+"""A whole run from the command line: files it leaves, interruption, resumption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prefix_rft.config import UserError, config_from_dict, save_config
+from prefix_rft.run import train
+from tests.tiny import make_model, make_tokenizer
+
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+
+
+@pytest.fixture
+def config(tmp_path: Path):
+    """A run of a few steps over a tiny random model and a file of problems."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "base")
+    make_model(len(tokenizer)).save_pretrained(tmp_path / "base")
+    rows = [
+        {"prompt": f"add {i}+{i}", "answer": str(2 * i), "demonstration": f"{i}+{i}={2 * i}\n"}
+        for i in range(12)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return config_from_dict(
+        {
+            "name": "tiny",
+            "output_dir": str(tmp_path / "run"),
+            "data": {
+                "path": str(tmp_path / "data.jsonl"),
+                "num_eval": 4,
+                "max_prompt_tokens": 32,
+            },
+            "model": {"path": str(tmp_path / "base")},
+            "reward": {"function": "tests.test_run:even_length"},
+            "rollout": {"group_size": 4, "max_response_length": 16},
+            "optimizer": {"lr": 1e-3},
+            "trainer": {
+                "num_steps": 4,
+                "prompts_per_step": 4,
+                "prompts_per_update": 2,
+                "checkpoint_every": 2,
+                "sample_every": 2,
+            },
+            "eval": {"num_samples": 2},
+            "log": {"progress": "plain"},
+        }
+    )
+
+
+def even_length(completions: list[str], **columns: object) -> list[float]:
+    """A reward that needs no mathematics."""
+    return [float(len(text) % 2 == 0) for text in completions]
+
+
+def step_records(run_dir: Path) -> list[dict]:
+    """Training records without what depends on the clock."""
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    timed = ("time/", "throughput/")
+    return [
+        {name: value for name, value in record.items() if not name.startswith(timed)}
+        for record in records
+    ]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(run_dir / "model").state_dict()
+
+
+def test_a_run_leaves_everything_it_promises(config) -> None:
+    summary = train(config)
+    run_dir = config.run_dir
+    for name in ("config.toml", "metrics.jsonl", "rollouts.jsonl", "summary.json", "report.html"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert json.loads((run_dir / "summary.json").read_text()) == summary
+    for results in (summary["base"], summary["trained"]):
+        assert 0 <= results["greedy"] <= 1 and 0 <= results["avg@2"] <= 1
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == ["step-000002", "step-000004"]
+    base = AutoModelForCausalLM.from_pretrained(config.model.path).state_dict()
+    trained = weights(run_dir)
+    assert any(not torch.equal(base[name], trained[name]) for name in base)
+    records = [record for record in step_records(run_dir) if record["kind"] == "train"]
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert records[0]["prefix/low"] == pytest.approx(0.95)
+    # Engine and trainer agree on the log-probs of what was sampled.
+    assert all(record["rollout/log_prob_gap_mean"] < 1e-5 for record in records)
+
+
+def test_a_finished_run_is_left_as_it_is(config) -> None:
+    summary = train(config)
+    before = (config.run_dir / "metrics.jsonl").read_bytes()
+    assert train(config, resume=True) == summary
+    assert (config.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_saves_and_resume_ends_as_if_there_had_been_none(
+    config, tmp_path: Path, number: int, status: int
+) -> None:
+    save_config(config, tmp_path / "run.toml")
+    command = [sys.executable, "-m", "prefix_rft.cli", "train", str(tmp_path / "run.toml")]
+    options = ["--trainer.num-steps", "40", "--trainer.checkpoint-every", "0"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command + options, env=environment)
+    metrics = config.run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"kind": "train"' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == status
+    [checkpoint] = (config.run_dir / "checkpoints").iterdir()
+    assert 1 <= int(checkpoint.name.removeprefix("step-")) < 40
+    subprocess.run(command + options + ["--resume"], env=environment, check=True)
+
+    other = tmp_path / "uninterrupted"
+    options += ["--output-dir", str(other)]
+    subprocess.run(command + options, env=environment, check=True)
+    assert step_records(config.run_dir) == step_records(other)
+    interrupted, whole = weights(config.run_dir), weights(other)
+    assert all(torch.equal(interrupted[name], whole[name]) for name in whole)
+
+
+def test_an_empty_dataset_is_one_clear_error(config) -> None:
+    Path(config.data.path).write_text("")
+    with pytest.raises(UserError, match="data.jsonl"):
+        train(config)
