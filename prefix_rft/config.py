@@ -73,6 +73,12 @@ class DataConfig:
                 sorted(columns),
             )
         _require(
+            self.eval_path is not None or not self.eval_columns,
+            "data.eval_columns",
+            "none without data.eval_path",
+            self.eval_columns,
+        )
+        _require(
             bool(self.answer_pattern.strip()),
             "data.answer_pattern",
             '"boxed" or a marker',

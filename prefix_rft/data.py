@@ -1,16 +1,14 @@
-"""Datasets -> problems: loading, tokenising, dropping what is unusable, and the training order."""
+"""Rows -> problems: tokenising, dropping what is unusable, and the order of training."""
 
 import dataclasses
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import jinja2
-from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.columns import DataError, Message, Row, find_map
@@ -18,9 +16,9 @@ from prefix_rft.config import Config, DataConfig
 from prefix_rft.data_types import Problem
 from prefix_rft.grader import Grader, clean_answer, plain_number
 from prefix_rft.load_report import Findings, LoadReport
+from prefix_rft.sources import load_rows
 from prefix_rft.testbed import make_rows
 
-_FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 _TOKENIZER_BATCH = 1000  # texts
 _THINK = "<think>\n"
 
@@ -75,40 +73,6 @@ def load_problems(config: Config, tokenizer: PreTrainedTokenizerBase) -> LoadedP
         held_out = keep_demonstrations(held_out, 0.0, config.seed)
     train = keep_demonstrations(train, data.demonstration_fraction, config.seed)
     return LoadedProblems(train, held_out, reports)
-
-
-def load_rows(path: str, split: str) -> datasets.Dataset:
-    """The rows of a parquet, json or jsonl file, of a folder of them, or of a dataset on the hub.
-
-    Args:
-        path: file, folder, or hub id, which may name a configuration: `openai/gsm8k:main`.
-        split: of a folder or hub dataset; a file has only one.
-
-    Raises:
-        DataError: nothing there, not readable, no such split, or no rows.
-    """
-    local = Path(path).expanduser()
-    if local.is_file():
-        if local.suffix not in _FILE_FORMATS:
-            raise DataError(
-                f"{path}: expected one of {', '.join(_FILE_FORMATS)}, got {local.name!r}"
-            )
-        request = {"path": _FILE_FORMATS[local.suffix], "data_files": str(local), "split": "train"}
-    elif local.is_dir():
-        request = {"path": str(local), "split": split}
-    elif local.suffix in _FILE_FORMATS or path.startswith((".", "/", "~")):
-        raise DataError(f"{path}: no such file or folder")
-    else:
-        hub_id, _, configuration = path.partition(":")
-        request = {"path": hub_id, "name": configuration or None, "split": split}
-    try:
-        rows = datasets.load_dataset(**request)
-    except (DatasetsError, ValueError, OSError, StopIteration) as error:
-        reason = str(error.__cause__ or error) or "no rows"
-        raise DataError(f"{path}: cannot load split {request['split']!r}: {reason}") from error
-    if len(rows) == 0:
-        raise DataError(f"{path}: split {request['split']!r} has no rows")
-    return rows
 
 
 def problems_from_rows(
@@ -305,7 +269,7 @@ def _tokenize(
     findings: Findings,
 ) -> Iterable[Problem]:
     # One object for each token id: a dataset has hundreds of millions of them.
-    shared = list(range(len(tokenizer)))
+    shared = list(range(max(tokenizer.get_vocab().values()) + 1))
 
     def ids_of(texts: list[str]) -> list[tuple[int, ...]]:
         if not texts:
