@@ -57,7 +57,7 @@ class Eval:
     overrides: Overrides
 
     def run(self) -> int:
-        from prefix_rft.evaluate import evaluate_command
+        from prefix_rft.run import evaluate_model
 
         path = self.model
         if _is_run_folder(path):
@@ -67,7 +67,7 @@ class Eval:
                     f"{self.model} has no final model yet: write one of its checkpoints with "
                     "prefix-rft export, and evaluate that folder"
                 )
-        print(json.dumps(evaluate_command(self.overrides, path), indent=2))
+        print(json.dumps(evaluate_model(self.overrides, path), indent=2))
         return 0
 
 
@@ -83,7 +83,7 @@ class Export:
     """Steps done at the checkpoint; None: the newest."""
 
     def run(self) -> int:
-        from prefix_rft.checkpoint import export_checkpoint
+        from prefix_rft.run import export_checkpoint
 
         export_checkpoint(self.run_dir, self.step, self.out)
         print(f"wrote {self.out}")

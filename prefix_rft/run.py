@@ -6,8 +6,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from prefix_rft.base_model import resolve_base
-from prefix_rft.checkpoint import checkpoint_dir, checkpoint_step, list_checkpoints
-from prefix_rft.config import Config, save_config
+from prefix_rft.checkpoint import (
+    CheckpointError,
+    checkpoint_dir,
+    checkpoint_step,
+    list_checkpoints,
+    load_model_weights,
+)
+from prefix_rft.config import Config, load_config, save_config
 from prefix_rft.data import load_problems
 from prefix_rft.evaluate import evaluate
 from prefix_rft.interrupt import Interrupt, Stopped
@@ -23,9 +29,10 @@ from prefix_rft.model import (
 from prefix_rft.report import write_report
 from prefix_rft.reward import Rewarder, RewardError
 from prefix_rft.rollout.transformers_engine import TransformersEngine
-from prefix_rft.testbed import make_rows
 from prefix_rft.trainer import Trainer
 
+CONFIG_FILE = "config.toml"
+MODEL_FOLDER = "model"
 SUMMARY_FILE = "summary.json"
 
 
@@ -48,7 +55,7 @@ def train(config: Config, *, resume: bool = False) -> dict:
     if "trained" in summary and last in checkpoints:
         return summary
     run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / "config.toml")
+    save_config(config, run_dir / CONFIG_FILE)
 
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
@@ -79,11 +86,38 @@ def train(config: Config, *, resume: bool = False) -> dict:
         with interrupt.abandonable():
             trained = setup.evaluate()
         logger.log(trainer.step_index, _eval_metrics(trained), kind="eval")
-    export(setup.policy.model, setup.tokenizer, run_dir / "model")
+    export(setup.policy.model, setup.tokenizer, run_dir / MODEL_FOLDER)
     summary["trained"] = trained
     _write_summary(run_dir, summary)
     write_report(run_dir)
     return summary
+
+
+def evaluate_model(config: Config, model_path: str) -> dict:
+    """Results of the model at `model_path`, a folder or hub id, on the held-out problems."""
+    with Setup(config, model_path) as setup:
+        return setup.evaluate()
+
+
+def export_checkpoint(run_dir: Path, step: int | None, folder: Path) -> None:
+    """Write the model of a run's checkpoint in Hugging Face format.
+
+    Args:
+        step: steps done at the checkpoint; None: the newest.
+    Raises:
+        CheckpointError: there is none such, or it is damaged.
+    """
+    checkpoints = {checkpoint_step(path): path for path in list_checkpoints(run_dir)}
+    if not checkpoints or (step is not None and step not in checkpoints):
+        raise CheckpointError(
+            f"{run_dir}: expected a checkpoint of step {'any' if step is None else step}, "
+            f"got {sorted(checkpoints) or 'none'}"
+        )
+    config = load_config(run_dir / CONFIG_FILE)
+    base = resolve_base(config)
+    model = load_model(config.model, base)
+    load_model_weights(checkpoints[max(checkpoints) if step is None else step], model)
+    export(model, load_tokenizer(base, config.model.chat_template), folder)
 
 
 class Setup:
@@ -92,14 +126,7 @@ class Setup:
     def __init__(self, config: Config, model_path: Path | str) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(model_path, config.model.chat_template)
-        self.data = load_problems(
-            config.data,
-            self.tokenizer,
-            max_response_length=config.rollout.max_response_length,
-            seed=config.seed,
-            rows=_testbed_rows(config) if config.data.path == "testbed" else None,
-            check_answers=config.reward.function is None,
-        )
+        self.data = load_problems(config, self.tokenizer)
         model = load_model(config.model, model_path)
         shared = {
             "vocab_size": len(self.tokenizer),
@@ -142,12 +169,6 @@ class Setup:
             max_response_length=self.config.rollout.max_response_length,
             seed=self.config.seed,
         )
-
-
-def _testbed_rows(config: Config) -> list[dict]:
-    """Training rows, then the held-out ones."""
-    train, held_out = make_rows(config.testbed, config.data.num_eval, config.seed)
-    return train + held_out
 
 
 def _loop(

@@ -36,15 +36,12 @@ def calls(monkeypatch) -> list:
         calls.append((config, resume))
         return {"base": {"greedy": 0.25}, "trained": {"greedy": 0.75}}
 
-    module("prefix_rft.run", train=train)
+    module("prefix_rft.checkpoint", list_checkpoints=list_checkpoints)
     module(
-        "prefix_rft.checkpoint",
-        list_checkpoints=list_checkpoints,
+        "prefix_rft.run",
+        train=train,
+        evaluate_model=lambda config, path: calls.append((config, path)) or {"greedy": 0.5},
         export_checkpoint=lambda *arguments: calls.append(arguments),
-    )
-    module(
-        "prefix_rft.evaluate",
-        evaluate_command=lambda config, path: calls.append((config, path)) or {"greedy": 0.5},
     )
     return calls
 

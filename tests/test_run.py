@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from prefix_rft.checkpoint import CheckpointError
 from prefix_rft.config import UserError, config_from_dict, save_config
-from prefix_rft.run import train
+from prefix_rft.run import evaluate_model, export_checkpoint, train
 from tests.tiny import make_model, make_tokenizer
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
@@ -101,6 +102,22 @@ def test_a_finished_run_is_left_as_it_is(config) -> None:
     before = (config.run_dir / "metrics.jsonl").read_bytes()
     assert train(config, resume=True) == summary
     assert (config.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_can_be_exported_and_evaluated(config, tmp_path: Path) -> None:
+    summary = train(config)
+    export_checkpoint(config.run_dir, 2, tmp_path / "step-2")
+    export_checkpoint(config.run_dir, None, tmp_path / "newest")
+    newest, final = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict()
+        for path in (tmp_path / "newest", config.run_dir / "model")
+    )
+    assert all(torch.equal(newest[name], final[name]) for name in final)
+    earlier = AutoModelForCausalLM.from_pretrained(tmp_path / "step-2").state_dict()
+    assert any(not torch.equal(earlier[name], final[name]) for name in final)
+    assert evaluate_model(config, str(tmp_path / "newest")) == summary["trained"]
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint of step 3, got \[2, 4\]"):
+        export_checkpoint(config.run_dir, 3, tmp_path / "none")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
