@@ -23,12 +23,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from prefix_rft.attention import LEAN_SDPA
 from prefix_rft.config import ConfigError, ModelConfig
 from prefix_rft.data_types import TrainBatch
 
+# Classes of which tokenizer.json is the whole tokenizer.
+_GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 _MAX_LOGITS_DIFFERENCE = 0.05  # share of the largest logit; above what bfloat16 loses
 
@@ -40,12 +44,7 @@ def resolve_device(config: ModelConfig) -> torch.device:
     """The device of `model.device`; a ConfigError where this machine has none of the kind."""
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-    except RuntimeError:
-        raise ConfigError(
-            f"model.device: expected auto, cpu or cuda, got {config.device!r}"
-        ) from None
+    device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"model.device: got {config.device!r}, but torch finds no CUDA device")
     return device
@@ -68,7 +67,12 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> PreTra
         ConfigError: nothing at `path`, no end-of-sequence token, or a template that is neither.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer_class = get_tokenizer_config(path).get("tokenizer_class")
+        # For some model types AutoTokenizer puts the family's own pipeline over that of the folder.
+        loader = (
+            PreTrainedTokenizerFast if tokenizer_class in _GENERIC_TOKENIZERS else AutoTokenizer
+        )
+        tokenizer = loader.from_pretrained(path)
     except OSError as error:
         raise _not_found(path, "tokenizer", error) from error
     if tokenizer.eos_token_id is None:

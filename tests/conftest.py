@@ -55,7 +55,7 @@ def make_model() -> Callable[..., PreTrainedModel]:
             "head_dim": 8,
             "intermediate_size": 48,
             "max_position_embeddings": 256,
-            "initializer_range": 0.3,
+            "initializer_range": 0.2,
             "pad_token_id": 0,
             "bos_token_id": None,
             "eos_token_id": 1,

@@ -1,0 +1,264 @@
+"""The transformers engine against forwards without a cache and the trainer's log-probs."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prefix_rft.attention import LEAN_SDPA
+from prefix_rft.data_types import Completion, Rollout, RolloutRequest, TrainRow
+from prefix_rft.model import Policy
+from prefix_rft.packing import pack
+from prefix_rft.rollout.transformers_engine import TransformersEngine
+
+VOCAB = 100  # of the tokenizer; the models have 112 columns
+
+
+def make_engine(model, *, eos=(1,), max_batch_sequences=64, **options) -> TransformersEngine:
+    return TransformersEngine(
+        model,
+        eos_token_ids=eos,
+        pad_token_id=0,
+        vocab_size=options.pop("vocab_size", VOCAB),
+        max_batch_sequences=max_batch_sequences,
+        **options,
+    )
+
+
+def make_requests(num: int, *, seed: int = 0) -> list[RolloutRequest]:
+    """Prompts of 1 to 12 tokens, prefixes of up to 20 on every third, budgets of 1 to 30."""
+    rng = random.Random(seed)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, VOCAB) for _ in range(count))
+
+    return [
+        RolloutRequest(
+            prompt_ids=ids(rng.randint(1, 12)),
+            prefix_ids=ids(rng.randint(1, 20)) if i % 3 == 2 else (),
+            max_new_tokens=rng.randint(1, 30),
+        )
+        for i in range(num)
+    ]
+
+
+def as_batch(requests, completions, *, dtype=torch.float32):
+    rows = [
+        TrainRow(
+            rollout=Rollout(
+                prompt_ids=request.prompt_ids,
+                response_ids=request.prefix_ids + completion.token_ids,
+                prefix_length=len(request.prefix_ids),
+                rollout_log_probs=completion.log_probs,
+                finish_reason=completion.finish_reason,
+                text="",
+                reward=0.0,
+                status="wrong",
+            ),
+            advantage=1.0,
+            prefix_advantage=1.0,
+        )
+        for request, completion in zip(requests, completions, strict=True)
+    ]
+    return pack(rows, device=torch.device("cpu"), dtype=dtype)
+
+
+def generate(engine, requests, *, temperature=1.0, seed=0, weights_version=0) -> list[Completion]:
+    return engine.generate(
+        requests, temperature=temperature, seed=seed, weights_version=weights_version
+    )
+
+
+def greedy_alone(model, request, *, eos=(1,)) -> tuple[int, ...]:
+    """The completion by a loop over full forwards without a cache."""
+    ids = list(request.prompt_ids + request.prefix_ids)
+    start = len(ids)
+    with torch.no_grad():
+        while len(ids) - start < request.max_new_tokens:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1, :VOCAB]
+            ids.append(int(logits.argmax()))
+            if ids[-1] in eos:
+                break
+    return tuple(ids[start:])
+
+
+def log_prob_gap(policy, requests, completions) -> float:
+    batch = as_batch(requests, completions)
+    continuation = batch.response_mask & ~batch.prefix_mask
+    gap = policy.token_stats(batch).log_probs - batch.rollout_log_probs
+    return gap[continuation].abs().max().item()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probs_are_those_of_the_trainer(tiny_model, temperature):
+    policy = Policy(tiny_model, temperature=temperature, vocab_size=VOCAB)
+    requests = make_requests(24)
+    completions = generate(make_engine(tiny_model), requests, temperature=temperature)
+    assert log_prob_gap(policy, requests, completions) < 1e-5
+
+
+def test_log_probs_agree_in_bfloat16(tiny_model):
+    policy = Policy(tiny_model, temperature=1.0, vocab_size=VOCAB, autocast_dtype=torch.bfloat16)
+    engine = make_engine(tiny_model, autocast_dtype=torch.bfloat16)
+    requests = make_requests(24)
+    completions = generate(engine, requests)
+    assert 1e-4 < log_prob_gap(policy, requests, completions) < 0.3  # logits reach 10
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", LEAN_SDPA])
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "gemma2"])
+def test_greedy_equals_the_loop_without_cache(make_model, model_type, attention):
+    window = {"sliding_window": 6} if model_type == "gemma2" else {}
+    model = make_model(model_type, attention=attention, **window).eval()
+    # One token in twelve ends a completion, so that rows finish at all times.
+    eos = tuple(range(0, VOCAB, 12))
+    requests = make_requests(24)
+    completions = generate(make_engine(model, eos=eos), requests, temperature=0.0)
+    expected = [greedy_alone(model, request, eos=eos) for request in requests]
+    assert [completion.token_ids for completion in completions] == expected
+    for request, completion in zip(requests, completions, strict=True):
+        stopped = completion.token_ids[-1] in eos
+        assert completion.finish_reason == ("stop" if stopped else "length")
+        assert stopped or len(completion.token_ids) == request.max_new_tokens
+    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+
+
+def test_greedy_log_probs_are_at_temperature_one(tiny_model):
+    policy = Policy(tiny_model, temperature=1.0, vocab_size=VOCAB)
+    requests = make_requests(6)
+    completions = generate(make_engine(tiny_model), requests, temperature=0.0)
+    assert log_prob_gap(policy, requests, completions) < 1e-5
+
+
+def test_long_prefixes_of_all_rows(tiny_model):
+    """Where every row has a prefix, its common part is read at once and the rest step by step."""
+    requests = [
+        RolloutRequest(prompt_ids=(5, 6), prefix_ids=(7, 8, 9) * (3 + i), max_new_tokens=20 - 3 * i)
+        for i in range(4)
+    ]
+    tiny_model.eval()
+    completions = generate(make_engine(tiny_model), requests, temperature=0.0)
+    expected = [greedy_alone(tiny_model, request) for request in requests]
+    assert [completion.token_ids for completion in completions] == expected
+
+
+def test_tokens_follow_the_distribution(tiny_model):
+    temperature, num_draws = 1.3, 4000
+    prompt = (5, 17, 30)
+    request = RolloutRequest(prompt_ids=prompt, max_new_tokens=1)
+    completions = generate(
+        make_engine(tiny_model, max_batch_sequences=num_draws),
+        [request] * num_draws,
+        temperature=temperature,
+    )
+    logits = tiny_model(input_ids=torch.tensor([prompt])).logits[0, -1, :VOCAB].detach()
+    expected = torch.softmax(logits / temperature, dim=-1) * num_draws
+    counts = torch.bincount(torch.tensor([c.token_ids[0] for c in completions]), minlength=VOCAB)
+    often = expected > 5
+    chi_square = ((counts - expected)[often] ** 2 / expected[often]).sum().item()
+    degrees = int(often.sum())
+    assert degrees > 10
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_ids_past_the_tokenizer_are_never_sampled(make_model):
+    model = make_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[VOCAB:] *= 20  # would win nearly always
+    policy = Policy(model, temperature=1.0, vocab_size=VOCAB)
+    requests = make_requests(16)
+    unmasked = generate(make_engine(model, vocab_size=112), requests)
+    assert any(max(c.token_ids) >= VOCAB for c in unmasked)
+    completions = generate(make_engine(model), requests)
+    assert all(max(c.token_ids) < VOCAB for c in completions)
+    assert log_prob_gap(policy, requests, completions) < 1e-5
+
+
+def test_a_seed_gives_the_same_tokens_bit_for_bit(tiny_model):
+    engine, requests = make_engine(tiny_model, max_batch_sequences=7), make_requests(24)
+    first = generate(engine, requests, seed=2**40)
+    assert generate(engine, requests, seed=2**40) == first
+    assert generate(engine, requests, seed=2**40 + 1) != first
+
+
+def test_batches_do_not_change_greedy_completions(tiny_model):
+    requests = make_requests(24)
+    whole = generate(make_engine(tiny_model), requests, temperature=0.0)
+    parts = generate(make_engine(tiny_model, max_batch_sequences=5), requests, temperature=0.0)
+    assert [c.token_ids for c in parts] == [c.token_ids for c in whole]
+
+
+def test_training_goes_on_around_generation(make_model):
+    """Training mode with gradient checkpointing: the cache still works, the mode comes back."""
+    model, requests = make_model(), make_requests(12)
+    expected = generate(make_engine(model), requests)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    assert generate(make_engine(model), requests) == expected
+    assert model.training and all(module.training for module in model.modules())
+    model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_an_interrupt_leaves_the_engine_usable(tiny_model, monkeypatch):
+    engine, requests = make_engine(tiny_model.train()), make_requests(12)
+    expected = generate(engine, requests)
+    forward, calls = tiny_model.forward, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(tiny_model, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(engine, requests)
+    assert tiny_model.training
+    assert generate(engine, requests) == expected
+
+
+def test_new_weights_are_used_at_their_version(make_model):
+    model, requests = make_model(), make_requests(6)
+    engine = make_engine(model)
+    before = generate(engine, requests)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    engine.update_weights(model, 1)
+    with pytest.raises(RuntimeError, match="asked for version 0, the engine holds version 1"):
+        generate(engine, requests)
+    assert generate(engine, requests, weights_version=1) != before
+    engine.update_weights(make_model(), 2)
+    assert generate(engine, requests, weights_version=2) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_ids": ()}, r"requests\[1\].prompt_ids: expected at least one token"),
+        ({"max_new_tokens": 0}, r"requests\[1\].max_new_tokens: expected at least 1, got 0"),
+        ({"max_new_tokens": -3}, r"requests\[1\].max_new_tokens: expected at least 1, got -3"),
+        ({"max_new_tokens": 255}, r"requests\[1\]: expected at most 256 tokens"),
+        ({"prefix_ids": (5,) * 250}, r"requests\[1\]: .* got 2 of prompt \+ 250 of prefix"),
+    ],
+)
+def test_bad_requests_are_refused(tiny_model, change, message):
+    good = RolloutRequest(prompt_ids=(5, 6), max_new_tokens=5)
+    with pytest.raises(ValueError, match=message):
+        generate(make_engine(tiny_model), [good, replace(good, **change)])
+
+
+def test_bad_arguments_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="temperature: expected at least 0, got -1"):
+        generate(make_engine(tiny_model), make_requests(1), temperature=-1.0)
+    with pytest.raises(ValueError, match="vocab_size: expected 1 to 112, got 113"):
+        make_engine(tiny_model, vocab_size=113)
+    with pytest.raises(ValueError, match="eos_token_ids: expected at least one id"):
+        make_engine(tiny_model, eos=())
+    with pytest.raises(ValueError, match="max_batch_sequences: expected at least 1, got 0"):
+        make_engine(tiny_model, max_batch_sequences=0)
+
+
+def test_no_requests_no_completions(tiny_model):
+    assert generate(make_engine(tiny_model), []) == []
