@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Ledger:
-    """Collects named figures; the last word of a name says how they are reduced."""
+    """Collects named figures."""
 
     def __init__(self) -> None:
         self._totals: defaultdict[str, float] = defaultdict(float)
@@ -21,6 +21,10 @@ class Ledger:
         """Add `count` items that sum to `total` to a mean; a mean of nothing is not reported."""
         self.add(name, total)
         self._counts[name] += float(count)
+
+    def maximum(self, name: str, value: float) -> None:
+        """Keep the largest."""
+        self._totals[name] = max(float(value), self._totals.get(name, float(value)))
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:

@@ -74,7 +74,9 @@ def _measure_update(ledger: Ledger, update: Update) -> None:
     )
     before = update.log_probs if batch.old_log_probs is None else batch.old_log_probs
     gap = (before - batch.rollout_log_probs)[continuation].abs()
-    ledger.mean("rollout/log_prob_gap_mean", gap.sum(), gap.numel())
+    if len(gap):
+        ledger.mean("rollout/log_prob_gap_mean", gap.sum(), len(gap))
+        ledger.maximum("rollout/log_prob_gap_max", gap.max())
 
 
 def describe_group(

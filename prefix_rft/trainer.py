@@ -82,7 +82,10 @@ class Trainer:
             self.engine.update_weights(self.policy.model, version=self.step_index)
         measure_rollouts(ledger, groups, self.tokenizer, self.rewarder.has_answer)
         measure_updates(ledger, groups, updates)
-        return ledger.result(), describe_group(groups, updates, self.tokenizer)
+        metrics = ledger.result()
+        num_tokens, seconds = metrics["rollout/generated_tokens_sum"], metrics["time/step_s"]
+        metrics["throughput/tokens_per_s"] = num_tokens / seconds
+        return metrics, describe_group(groups, updates, self.tokenizer)
 
     def save(self, run_dir: Path) -> int:
         """Write a checkpoint; returns the steps done in it."""

@@ -22,7 +22,8 @@ CONFIG = {
 def run(trainer, num_steps: int) -> list[dict]:
     """The metrics of the next steps, wall times left out."""
     records = [trainer.train_step(Interrupt())[0] for _ in range(num_steps)]
-    return [{k: v for k, v in record.items() if k[:5] != "time/"} for record in records]
+    timed = ("time/", "throughput/")
+    return [{k: v for k, v in r.items() if not k.startswith(timed)} for r in records]
 
 
 def is_equal(model, other) -> bool:

@@ -189,6 +189,14 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted() -> None:
     assert largest_difference(trainer.policy.model, before) > 0
 
 
+def test_a_skipped_push_of_weights_is_caught(monkeypatch) -> None:
+    trainer = make_trainer(CONFIG)
+    monkeypatch.setattr(trainer.engine, "update_weights", lambda model, version: None)
+    trainer.train_step(Interrupt())
+    with pytest.raises(RuntimeError, match="stale weights"):
+        trainer.train_step(Interrupt())
+
+
 def test_hybrid_rollouts_replace_ordinary_ones() -> None:
     trainer = make_trainer(CONFIG)
     for group in trainer.rollouts(Ledger()):
