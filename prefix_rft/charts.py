@@ -160,8 +160,7 @@ def accuracy_chart(records: Sequence[Record]) -> Chart:
         for record in records
         if record["kind"] == "eval"
         for name in record
-        if name == "eval/greedy"
-        or (name.startswith(("eval/avg@", "eval/pass@")) and "_" not in name)
+        if name.startswith(("eval/greedy", "eval/avg@", "eval/pass@"))
     }
     return Chart(title="Held-out accuracy", series=names, kind="eval", limits=SHARE)
 

@@ -180,6 +180,12 @@ def test_a_run_that_has_hardly_begun_has_a_page(tmp_path):
     assert "not finished" in page.text and "21.1%" in page.text
 
 
+def test_curves_stand_over_the_steps_done(tmp_path):
+    make_run(tmp_path, num_steps=10, **{"reward/mean": 0.1})
+    ticks = re.findall(r"<text[^>]*>(\d+)</text>", write_report(tmp_path).read_text())
+    assert ticks[-1] == "10"
+
+
 def test_figures_that_were_not_finite_leave_a_gap(tmp_path):
     make_run(tmp_path, num_steps=3, **{"optim/grad_norm_mean": math.nan, "reward/mean": 0.1})
     assert read_page(tmp_path).titles == ["Reward"]
