@@ -30,25 +30,19 @@ def _require_clip_range(clip: tuple[float, float], key: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    path: str = (
-        "testbed"  # "testbed", a file (parquet, json, jsonl), a folder, or a hub id[:configuration]
-    )
+    path: str = "testbed"  # or a file (parquet, json, jsonl), a folder, a hub id[:configuration]
     split: str = "train"
     eval_path: str | None = None  # held-out problems; None: the last `num_eval` rows of `path`
     eval_split: str = "test"
     num_eval: int = 128  # held-out problems used at most
-    columns: dict[str, str] = field(
-        default_factory=dict
-    )  # prompt / answer / demonstration -> column (a.b: field b of column a); empty: detected
+    # prompt / answer / demonstration -> column (a.b: field b of column a); empty: detected
+    columns: dict[str, str] = field(default_factory=dict)
     eval_columns: dict[str, str] = field(default_factory=dict)  # the same for `eval_path`
     system_prompt: str | None = None  # put before prompts that have none
-    answer_pattern: str = (
-        "boxed"  # how an answer is found in a text: "boxed", or a marker such as "####"
-    )
+    answer_pattern: str = "boxed"  # how a text gives its answer: "boxed", or a marker like "####"
     max_prompt_tokens: int = 1024
-    demonstration_fraction: float = (
-        1.0  # share of rows that keep their demonstration; the others become plain RL rows
-    )
+    # share of rows that keep their demonstration; the others become plain RL rows
+    demonstration_fraction: float = 1.0
     strict: bool = False  # refuse a dataset with unusable rows instead of dropping them
 
     def __post_init__(self) -> None:
@@ -95,7 +89,8 @@ class TestbedConfig:
     num_train: int = 4096
     min_steps: int = 3  # operations in a problem
     max_steps: int = 8
-    max_value: int = 99  # no number in a problem, given or intermediate, is larger
+    max_operand: int = 9
+    max_value: int = 49  # no number in a problem, given or intermediate, is larger
     # How the base is taught, as shares of its texts:
     easy_steps: int = 4  # up to that many steps the base mostly works step by step
     easy_worked_share: float = 0.95
@@ -110,7 +105,13 @@ class TestbedConfig:
             f"at least 1 and at most testbed.max_steps ({self.max_steps})",
             self.min_steps,
         )
-        _require(self.max_value >= 2, "testbed.max_value", "at least 2", self.max_value)
+        _require(self.max_operand >= 1, "testbed.max_operand", "at least 1", self.max_operand)
+        _require(
+            self.max_value >= 2 * self.max_operand,
+            "testbed.max_value",
+            f"at least twice testbed.max_operand ({self.max_operand})",
+            self.max_value,
+        )
         _require(self.easy_steps >= 0, "testbed.easy_steps", "at least 0", self.easy_steps)
         for name in ("easy_worked_share", "hard_worked_share", "asked_share"):
             share = getattr(self, name)
@@ -122,9 +123,7 @@ class BaseConfig:
     """The small base model that is trained from scratch where `model.path` is not given."""
 
     cache_dir: str = "runs/base"  # one folder per distinct base, named by a hash of what made it
-    vocab_size: int = (
-        320  # of the tokenizer, at most; 256 bytes and 5 special tokens are always in it
-    )
+    vocab_size: int = 320  # of the tokenizer, at most; 256 bytes and 5 special tokens are in it
     hidden_size: int = 128
     num_layers: int = 3
     num_heads: int = 4
@@ -158,9 +157,8 @@ class BaseConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str | None = None  # Hugging Face folder or hub id; None: build a base by [base]
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = (
-        "auto"  # of the compute; auto: bfloat16 on CUDA, float32 on CPU
-    )
+    # of the compute; auto: bfloat16 on CUDA, float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     device: str = "auto"  # auto: cuda where there is one, else cpu
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False
@@ -256,7 +254,7 @@ class PrefixConfig:
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     name: Literal["prefix_rft", "rft"] = "prefix_rft"
-    advantage: Literal["joint", "exclude_hybrid"] = "joint"  # whose mean is the baseline (SPEC 1.2)
+    advantage: Literal["joint", "exclude_hybrid"] = "joint"  # whose mean is the baseline
     drop_negative_prefix_advantage: bool = False
     selection_fraction: float = 0.2  # share of prefix tokens that get gradient
     selection_scope: Literal["minibatch", "sequence"] = "minibatch"
@@ -291,9 +289,8 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    function: str | None = (
-        None  # dotted path to f(completions, **columns) -> list[float]; None: the math grader
-    )
+    # dotted path to f(completions, **columns) -> list[float]; None: the math grader
+    function: str | None = None
     num_workers: int = 2  # grader processes
     timeout_s: float = 5.0  # per answer; then the worker is killed and replaced
     memory_mib: int = 1024  # address space of a worker above its start
@@ -339,9 +336,8 @@ class OptimizerConfig:
 class TrainerConfig:
     num_steps: int = 500
     prompts_per_step: int = 128
-    prompts_per_update: int = (
-        64  # a mini-batch; prompts_per_step / prompts_per_update updates a step
-    )
+    # a mini-batch; prompts_per_step / prompts_per_update updates a step
+    prompts_per_update: int = 64
     micro_batch_tokens: int = 16384  # tokens of one packed forward; a longer row goes alone
     checkpoint_every: int = 50  # steps; 0: only at the end
     keep_checkpoints: int = 2
