@@ -42,7 +42,9 @@ def make_batch(*, seed: int = 0, dtype: torch.dtype = torch.float64) -> TrainBat
             prompt_ids=ids[:num_prompt],
             response_ids=ids[num_prompt:],
             prefix_length=num_prefix,
-            rollout_log_probs=(0.0,) * num_continuation,
+            rollout_log_probs=tuple(
+                (-5 * torch.rand(num_continuation, generator=generator)).tolist()
+            ),
             finish_reason="length",
             text="",
             reward=0.0,
@@ -114,13 +116,13 @@ def test_a_row_does_not_see_the_row_before_it(make_model, attention):
     assert (later_rows(other) - later_rows(batch.input_ids)).abs().max() < 1e-12
 
 
-def policy_gradients(policy, batches, normalizer=77.0, config=None):
+CONFIG = PolicyConfig(entropy_coef=0.01, importance_cap=1.5)
+
+
+def policy_gradients(policy, batches):
     policy.model.zero_grad(set_to_none=True)
     for batch in batches:
-        out = policy.policy_loss(
-            batch, normalizer=normalizer, config=config or PolicyConfig(entropy_coef=0.01)
-        )
-        out.loss.backward()
+        policy.policy_loss(batch, normalizer=77.0, config=CONFIG).loss.backward()
     return {name: p.grad.clone() for name, p in policy.model.named_parameters()}
 
 
@@ -135,6 +137,8 @@ def test_loss_and_gradient_equal_the_materialised_ones(make_model, attention, is
     surrogate = torch.maximum(
         -batch.advantages * ratio, -batch.advantages * ratio.clamp(1 - 0.2, 1 + 0.2)
     )
+    weight = (old_log_probs - batch.rollout_log_probs).exp().clamp(max=1.5)
+    surrogate = torch.where(batch.prefix_mask, surrogate, weight * surrogate)
     is_loss = batch.response_mask & (~batch.prefix_mask | batch.selected_mask)
     expected = ((surrogate - 0.01 * entropy) * is_loss).sum() / 77
     expected.backward()
@@ -144,8 +148,10 @@ def test_loss_and_gradient_equal_the_materialised_ones(make_model, attention, is
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     policy = Policy(model, temperature=0.7, vocab_size=VOCAB)
-    out = policy.policy_loss(batch, normalizer=77.0, config=PolicyConfig(entropy_coef=0.01))
+    out = policy.policy_loss(batch, normalizer=77.0, config=CONFIG)
     torch.testing.assert_close(out.loss.double(), expected.detach(), rtol=0, atol=1e-6)
+    active = torch.where(is_loss, log_probs, 0).detach()
+    torch.testing.assert_close(out.log_probs, active, rtol=0, atol=1e-6)
     gradients = policy_gradients(policy, [batch])
     torch.testing.assert_close(gradients, expected_gradients, rtol=0, atol=1e-6)
     row_by_row = policy_gradients(policy, [take_rows(batch, [i]) for i in (4, 2, 0, 3, 1)])

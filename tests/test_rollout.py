@@ -143,6 +143,15 @@ def test_long_prefixes_of_all_rows(tiny_model):
     assert [completion.token_ids for completion in completions] == expected
 
 
+def test_long_completions_outgrow_the_first_cache(tiny_model):
+    requests = [RolloutRequest(prompt_ids=(i, 5), max_new_tokens=220 - i) for i in range(3, 6)]
+    tiny_model.eval()
+    completions = generate(make_engine(tiny_model, eos=(VOCAB,)), requests, temperature=0.0)
+    expected = [greedy_alone(tiny_model, request, eos=(VOCAB,)) for request in requests]
+    assert [completion.token_ids for completion in completions] == expected
+    assert [len(tokens) for tokens in expected] == [217, 216, 215]
+
+
 def test_tokens_follow_the_distribution(tiny_model):
     temperature, num_draws = 1.3, 4000
     prompt = (5, 17, 30)
