@@ -7,6 +7,7 @@ leaves such a key out.
 import dataclasses
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -21,6 +22,26 @@ from prefix_rft.config_values import UserError as UserError
 def _require(ok: bool, key: str, expected: str, got: object) -> None:
     if not ok:
         raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+
+
+def _check_each(section: object, names: tuple[str, ...], test: Callable, expected: str) -> None:
+    """Require `test` of each named field that is not None."""
+    prefix = type(section).__name__.removesuffix("Config").lower()
+    for name in names:
+        value = getattr(section, name)
+        _require(value is None or test(value), f"{prefix}.{name}", expected, value)
+
+
+def _at_least(least: float, section: object, *names: str) -> None:
+    _check_each(section, names, lambda value: value >= least, f"at least {least}")
+
+
+def _above(bound: float, section: object, *names: str) -> None:
+    _check_each(section, names, lambda value: value > bound, f"above {bound}")
+
+
+def _shares(section: object, *names: str) -> None:
+    _check_each(section, names, lambda value: 0 <= value <= 1, "a share in [0, 1]")
 
 
 def _require_clip_range(clip: tuple[float, float], key: str) -> None:
@@ -47,17 +68,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "data.path", "a path or hub id", self.path)
-        _require(self.num_eval >= 1, "data.num_eval", "at least 1", self.num_eval)
-        _require(
-            self.max_prompt_tokens >= 1,
-            "data.max_prompt_tokens",
-            "at least 1",
-            self.max_prompt_tokens,
-        )
-        fraction = self.demonstration_fraction
-        _require(
-            0.0 <= fraction <= 1.0, "data.demonstration_fraction", "a share in [0, 1]", fraction
-        )
+        _at_least(1, self, "num_eval", "max_prompt_tokens")
+        _shares(self, "demonstration_fraction")
         for key, columns in (("columns", self.columns), ("eval_columns", self.eval_columns)):
             _require(
                 not columns
@@ -98,24 +110,21 @@ class TestbedConfig:
     asked_share: float = 0.5  # of all texts: the prompt asks for the steps, and they are shown
 
     def __post_init__(self) -> None:
-        _require(self.num_train >= 1, "testbed.num_train", "at least 1", self.num_train)
+        _at_least(1, self, "num_train", "max_operand")
+        _at_least(0, self, "easy_steps")
+        _shares(self, "easy_worked_share", "hard_worked_share", "asked_share")
         _require(
             1 <= self.min_steps <= self.max_steps,
             "testbed.min_steps",
             f"at least 1 and at most testbed.max_steps ({self.max_steps})",
             self.min_steps,
         )
-        _require(self.max_operand >= 1, "testbed.max_operand", "at least 1", self.max_operand)
         _require(
             self.max_value >= 2 * self.max_operand,
             "testbed.max_value",
             f"at least twice testbed.max_operand ({self.max_operand})",
             self.max_value,
         )
-        _require(self.easy_steps >= 0, "testbed.easy_steps", "at least 0", self.easy_steps)
-        for name in ("easy_worked_share", "hard_worked_share", "asked_share"):
-            share = getattr(self, name)
-            _require(0.0 <= share <= 1.0, f"testbed.{name}", "a share in [0, 1]", share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,23 +144,21 @@ class BaseConfig:
     lr: float = 3e-3
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "intermediate_size",
-            "num_batches",
-            "batch_size",
-        ):
-            _require(getattr(self, name) >= 1, f"base.{name}", "at least 1", getattr(self, name))
+        _at_least(1, self, "vocab_size", "hidden_size", "num_layers", "num_heads")
+        _at_least(1, self, "intermediate_size", "max_length", "num_batches", "batch_size")
+        _above(0, self, "lr")
         _require(
             self.hidden_size % self.num_heads == 0,
             "base.num_heads",
             "a divisor of base.hidden_size",
             self.num_heads,
         )
-        _require(self.lr > 0, "base.lr", "above 0", self.lr)
+        _require(
+            self.max_position_embeddings >= self.max_length,
+            "base.max_position_embeddings",
+            f"at least base.max_length ({self.max_length})",
+            self.max_position_embeddings,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,24 +174,13 @@ class ModelConfig:
     chat_template: str | None = None  # Jinja text, or a path to it; None: as in the tokenizer
 
     def __post_init__(self) -> None:
+        _above(0, self, "rope_theta")
+        _at_least(1, self, "max_position_embeddings")
         _require(
-            re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
             "model.device",
-            "auto, cpu, mps, cuda or cuda:<number>",
+            "auto, cpu, cuda or cuda:<number>",
             self.device,
-        )
-        _require(
-            self.rope_theta is None or self.rope_theta > 0,
-            "model.rope_theta",
-            "above 0",
-            self.rope_theta,
-        )
-        positions = self.max_position_embeddings
-        _require(
-            positions is None or positions >= 1,
-            "model.max_position_embeddings",
-            "at least 1",
-            positions,
         )
 
 
@@ -197,25 +193,9 @@ class RolloutConfig:
     max_batch_sequences: int = 256  # sequences generated at once
 
     def __post_init__(self) -> None:
-        _require(
-            self.group_size >= 2,
-            "rollout.group_size",
-            "at least 2 (a group's mean needs company)",
-            self.group_size,
-        )
-        _require(self.temperature > 0, "rollout.temperature", "above 0", self.temperature)
-        _require(
-            self.max_response_length >= 2,
-            "rollout.max_response_length",
-            "at least 2",
-            self.max_response_length,
-        )
-        _require(
-            self.max_batch_sequences >= 1,
-            "rollout.max_batch_sequences",
-            "at least 1",
-            self.max_batch_sequences,
-        )
+        _at_least(2, self, "group_size", "max_response_length")
+        _at_least(1, self, "max_batch_sequences")
+        _above(0, self, "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,24 +210,13 @@ class PrefixConfig:
     min_prefix_tokens: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.num_hybrid >= 0, "prefix.num_hybrid", "at least 0", self.num_hybrid)
+        _at_least(0, self, "num_hybrid")
+        _at_least(1, self, "horizon_steps", "min_prefix_tokens")
         _require(
             0 <= self.low <= self.high <= 1,
             "prefix.low",
             "0 <= low <= high <= 1",
             (self.low, self.high),
-        )
-        _require(
-            self.horizon_steps is None or self.horizon_steps >= 1,
-            "prefix.horizon_steps",
-            "at least 1",
-            self.horizon_steps,
-        )
-        _require(
-            self.min_prefix_tokens >= 1,
-            "prefix.min_prefix_tokens",
-            "at least 1",
-            self.min_prefix_tokens,
         )
 
 
@@ -261,8 +230,7 @@ class MethodConfig:
     selection_order: Literal["high", "low", "random"] = "high"
 
     def __post_init__(self) -> None:
-        fraction = self.selection_fraction
-        _require(0.0 <= fraction <= 1.0, "method.selection_fraction", "a share in [0, 1]", fraction)
+        _shares(self, "selection_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,10 +249,9 @@ class LossConfig:
         _require_clip_range((self.clip_low, self.clip_high), "loss.clip_low, loss.clip_high")
         if isinstance(self.prefix_clip, tuple):
             _require_clip_range(self.prefix_clip, "loss.prefix_clip")
-        dual_clip, cap = self.dual_clip, self.importance_cap
-        _require(dual_clip is None or dual_clip > 1, "loss.dual_clip", "above 1", dual_clip)
-        _require(cap is None or cap > 0, "loss.importance_cap", "above 0", cap)
-        _require(self.entropy_coef >= 0, "loss.entropy_coef", "at least 0", self.entropy_coef)
+        _above(1, self, "dual_clip")
+        _above(0, self, "importance_cap")
+        _at_least(0, self, "entropy_coef")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,15 +264,10 @@ class RewardConfig:
     max_error_share: float = 0.5  # of a step's rollouts; above it the run stops
 
     def __post_init__(self) -> None:
-        _require(self.num_workers >= 1, "reward.num_workers", "at least 1", self.num_workers)
-        _require(self.timeout_s > 0, "reward.timeout_s", "above 0", self.timeout_s)
-        _require(self.memory_mib >= 64, "reward.memory_mib", "at least 64", self.memory_mib)
-        _require(
-            0 <= self.max_error_share <= 1,
-            "reward.max_error_share",
-            "a share in [0, 1]",
-            self.max_error_share,
-        )
+        _at_least(1, self, "num_workers")
+        _at_least(64, self, "memory_mib")
+        _above(0, self, "timeout_s")
+        _shares(self, "max_error_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,17 +281,14 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optimizer.lr", "above 0", self.lr)
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", "at least 0", self.warmup_steps)
-        _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", "above 0", self.max_grad_norm)
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", "at least 0", self.weight_decay)
+        _above(0, self, "lr", "eps", "max_grad_norm")
+        _at_least(0, self, "weight_decay", "warmup_steps")
         _require(
             all(0 <= beta < 1 for beta in self.betas),
             "optimizer.betas",
             "two numbers in [0, 1)",
             self.betas,
         )
-        _require(self.eps > 0, "optimizer.eps", "above 0", self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,21 +303,9 @@ class TrainerConfig:
     sample_every: int = 5  # steps between the rollouts kept for the report
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_steps",
-            "prompts_per_step",
-            "prompts_per_update",
-            "micro_batch_tokens",
-            "keep_checkpoints",
-            "sample_every",
-        ):
-            _require(getattr(self, name) >= 1, f"trainer.{name}", "at least 1", getattr(self, name))
-        _require(
-            self.checkpoint_every >= 0,
-            "trainer.checkpoint_every",
-            "at least 0",
-            self.checkpoint_every,
-        )
+        _at_least(1, self, "num_steps", "prompts_per_step", "prompts_per_update")
+        _at_least(1, self, "micro_batch_tokens", "keep_checkpoints", "sample_every")
+        _at_least(0, self, "checkpoint_every")
         _require(
             self.prompts_per_step % self.prompts_per_update == 0,
             "trainer.prompts_per_update",
@@ -375,11 +322,10 @@ class EvalConfig:
     max_response_length: int | None = None  # tokens; None: as in training
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "eval.every", "at least 0", self.every)
-        _require(self.num_samples >= 1, "eval.num_samples", "at least 1", self.num_samples)
-        _require(self.temperature > 0, "eval.temperature", "above 0", self.temperature)
-        length = self.max_response_length
-        _require(length is None or length >= 2, "eval.max_response_length", "at least 2", length)
+        _at_least(0, self, "every")
+        _at_least(1, self, "num_samples")
+        _at_least(2, self, "max_response_length")
+        _above(0, self, "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)

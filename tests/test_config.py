@@ -133,6 +133,8 @@ def test_a_value_of_the_wrong_type_names_key_type_and_value(values, message):
         ("loss", "entropy_coef", -0.1),
         ("loss", "entropy_coef", float("nan")),
         ("model", "device", "cuda:"),
+        ("model", "device", "mps"),
+        ("base", "max_position_embeddings", 511),  # below base.max_length
         ("model", "rope_theta", 0.0),
         ("model", "max_position_embeddings", 9215),  # below 1024 + 8192
         ("rollout", "group_size", 1),
