@@ -15,6 +15,7 @@ from rft_kernels import (
     linear_prefix_rft_loss,
     linear_token_stats,
 )
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -104,19 +105,15 @@ def load_model(config: ModelConfig, path: str | Path) -> PreTrainedModel:
         raise _not_found(path, "model", error) from error
     _require_causal_lm(model_config, path)
     _override(model_config.get_text_config(), config)
-    attention = config.attention
-    if attention == "auto":
-        has_flash = device.type == "cuda" and find_spec("flash_attn") is not None
-        attention = "flash_attention_2" if has_flash else "sdpa"
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             config=model_config,
             dtype=torch.float64 if config.dtype == "float64" else torch.float32,
-            attn_implementation=attention,
+            attn_implementation=_attention(config),
             output_loading_info=True,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _not_found(path, "model", error) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -124,6 +121,23 @@ def load_model(config: ModelConfig, path: str | Path) -> PreTrainedModel:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.to(device).train()
+
+
+def _attention(config: ModelConfig) -> str | None:
+    """A name for transformers; None: its own choice, `sdpa` where the model has it."""
+    can_flash = (
+        find_spec("flash_attn") is not None
+        and resolve_device(config).type == "cuda"
+        and resolve_autocast_dtype(config) is not None
+    )
+    if config.attention == "auto":
+        return "flash_attention_2" if can_flash else None
+    if config.attention == "flash_attention_2" and not can_flash:
+        raise ConfigError(
+            "model.attention: flash_attention_2 needs the package flash_attn, a CUDA device and "
+            "model.dtype bfloat16"
+        )
+    return config.attention
 
 
 def _not_found(path: str | Path, what: str, error: Exception) -> ConfigError:
@@ -135,13 +149,13 @@ def _not_found(path: str | Path, what: str, error: Exception) -> ConfigError:
 
 
 def _require_causal_lm(config: PreTrainedConfig, path: str | Path) -> None:
-    found = config.architectures or ["no architecture"]
-    causal_lm = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ if causal_lm else None
-    if config.architectures and expected not in found:
+    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ if is_known else "...ForCausalLM"
+    found = config.architectures or [expected if is_known else config.model_type]
+    if expected not in found:
         raise ConfigError(
-            f"model.path: expected a causal language model with an lm_head"
-            f"{f' ({expected})' if expected else ''}, found {', '.join(found)} in {path}"
+            f"model.path: expected a causal language model with an lm_head ({expected}), "
+            f"found {', '.join(found)} in {path}"
         )
     layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
     if layers - _PACKABLE_LAYERS:
@@ -358,4 +372,6 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: s
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists() and replaced.exists():
+            replaced.rename(folder)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -293,6 +293,17 @@ def test_devices_and_dtypes():
         assert resolve_autocast_dtype(ModelConfig(device="cpu", dtype=dtype)) == expected
 
 
+def test_flash_attention_is_refused_without_its_needs(saved):
+    with pytest.raises(ConfigError, match="model.attention: flash_attention_2 needs"):
+        load_model(ModelConfig(device="cpu", attention="flash_attention_2"), saved)
+
+
+def test_damaged_weights_are_one_clear_error(saved):
+    (saved / "model.safetensors").write_bytes(b"not a model")
+    with pytest.raises(ConfigError, match="model.path: expected a folder with a model"):
+        load_model(ModelConfig(device="cpu"), saved)
+
+
 def test_the_chat_template_is_replaced(saved, tmp_path):
     messages = [{"role": "user", "content": "1 + 1"}]
     template = "{{ messages[0]['content'] }} = <think>\n"
