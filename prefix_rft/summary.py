@@ -40,7 +40,7 @@ def _text(name: str, results: Mapping[str, Any]) -> str:
     if not is_share(name):
         return f"{value:.1f}"
     interval = results.get(f"{name}_ci95")
-    around = f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
+    around = f" ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})" if interval else ""
     return f"{100 * value:.1f}%{around}"
 
 

@@ -115,7 +115,7 @@ def test_a_whole_run_has_results_curves_rollouts_and_configuration(tmp_path):
     page = read_page(tmp_path)
     assert page.titles == ["Held-out accuracy", "Reward", "Prefix window", "Time of a step"]
     assert page.tags.count("svg") == 4
-    for text in ("mine", "40/40", "finished", "21.1% → 79.0%", "21.1% (16.0 to 26.0)", "+57.9"):
+    for text in ("mine", "40/40", "finished", "21.1% → 79.0%", "21.1% (16.0–26.0)", "+57.9"):
         assert text in page.text
     assert "num_steps = 40" in page.text
     assert "not finished" not in page.text
@@ -198,7 +198,7 @@ def test_a_folder_without_metrics_is_refused(tmp_path):
 
 def test_result_rows_are_percent_points_or_plain_figures():
     assert result_rows(SUMMARY) == [
-        ("greedy", "21.1% (16.0 to 26.0)", "79.0%", "+57.9"),
+        ("greedy", "21.1% (16.0–26.0)", "79.0%", "+57.9"),
         ("avg@8", "18.3%", "75.0%", "+56.7"),
         ("response length mean", "81.2", "121.0", "+39.8"),
     ]
