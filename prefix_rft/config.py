@@ -99,24 +99,24 @@ class TestbedConfig:
     __test__ = False  # keeps pytest from collecting the class
 
     num_train: int = 4096
-    min_steps: int = 3  # operations in a problem
+    min_steps: int = 3  # of a problem
     max_steps: int = 8
     max_operand: int = 9
-    max_value: int = 49  # no number in a problem, given or intermediate, is larger
-    # How the base is taught, as shares of its texts:
-    easy_steps: int = 4  # up to that many steps the base mostly works step by step
-    easy_worked_share: float = 0.95
-    hard_worked_share: float = 0.01  # of the longer problems; the rest are guessed at once
-    asked_share: float = 0.5  # of all texts: the prompt asks for the steps, and they are shown
+    max_value: int = 20  # no number in a problem, given or intermediate, is larger
+    # What the base is taught, as shares of its texts:
+    asked_share: float = 0.6  # the prompt asks for the steps, and they are shown
+    easy_steps: int = 4  # problems of up to that many steps count as easy
+    easy_worked_share: float = 0.95  # of the easy ones, where the prompt does not ask
+    hard_worked_share: float = 0.01  # of the others; the rest are guessed at once
 
     def __post_init__(self) -> None:
         _at_least(1, self, "num_train", "max_operand")
         _at_least(0, self, "easy_steps")
         _shares(self, "easy_worked_share", "hard_worked_share", "asked_share")
         _require(
-            1 <= self.min_steps <= self.max_steps,
+            1 <= self.min_steps <= self.max_steps <= 26,
             "testbed.min_steps",
-            f"at least 1 and at most testbed.max_steps ({self.max_steps})",
+            f"1 <= min_steps <= max_steps ({self.max_steps}) <= 26",
             self.min_steps,
         )
         _require(
