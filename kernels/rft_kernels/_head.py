@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _backends
-from .torch_backend import at, default_scratch, stats_dtype
+from .torch_backend import at, default_scratch, row_bytes, stats_dtype
 
 # Enough rows that reading and writing dW once a tile is small beside the tile's GEMMs.
 _TILE_ROWS = {"cpu": 256, "cuda": 2048}
@@ -33,27 +33,29 @@ class Head(NamedTuple):
     def dtype(self) -> torch.dtype:
         return stats_dtype(self.hidden.dtype)
 
-    def tiles(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Index vectors of the rows with their logits, all in one buffer; softcap still to come."""
-        if len(rows) == 0:
-            return
-        size = min(self.tile_rows, len(rows))
-        buffer = self.hidden.new_empty(size, len(self.weight), dtype=self.dtype)
-        for tile in rows.split(size):
-            logits = buffer[: len(tile)]
-            hidden = self.hidden[tile].to(self.dtype)
-            for classes, weight in self.pieces():
-                torch.mm(hidden, weight.t(), out=logits[:, classes])
-            if self.bias is not None:
-                logits += self.bias
-            yield tile, logits
+    def new_tile(self) -> Tensor:
+        """The buffer of all tiles of a call."""
+        num_rows = min(self.tile_rows, len(self.hidden))
+        return self.hidden.new_empty(num_rows, len(self.weight), dtype=self.dtype)
+
+    def tiles(self, rows: Tensor, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Index vectors of the rows with their logits, in the buffer; softcap still to come."""
+        for tile in rows.split(len(buffer)) if len(rows) else ():
+            yield tile, self.project(tile, buffer[: len(tile)])
+
+    def project(self, tile: Tensor, out: Tensor) -> Tensor:
+        hidden = self.hidden[tile].to(self.dtype)
+        for classes, weight in self.pieces():
+            torch.mm(hidden, weight.t(), out=out[:, classes])
+        return out if self.bias is None else out.add_(self.bias)
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in the dtype of the logits: whole if it is so already, else by classes."""
         num_classes, width = self.weight.shape
         size = num_classes
         if self.weight.dtype != self.dtype:
-            size = max(1, self.scratch_bytes // (width * self.dtype.itemsize))
+            # Half of the scratch: a piece is let go only when the next one is there.
+            size = max(1, self.scratch_bytes // (2 * width * self.dtype.itemsize))
         for start in range(0, num_classes, size):
             classes = slice(start, start + size)
             yield classes, self.weight[classes].to(self.dtype)
@@ -120,6 +122,7 @@ def make_head(
     """Shares the workspace out: a tile of logits, and scratch for the primitive or the weight."""
     dtype = stats_dtype(hidden.dtype)
     scratch = min(default_scratch(hidden.device), workspace_bytes // 4)
+    scratch = max(scratch, row_bytes(vocab_size, dtype))
     most = _TILE_ROWS.get(hidden.device.type, _TILE_ROWS["cuda"])
     return Head(
         hidden=hidden,

@@ -44,7 +44,7 @@ def _linear_token_stats_fwd(
     )  # fmt: skip
     rows, _ = split_rows(valid, valid, active_rows if only_active else None, only_active=True)
     out = head.new_stats()
-    for tile, logits in head.tiles(rows):
+    for tile, logits in head.tiles(rows, head.new_tile()):
         head.stats(tile, logits, valid, out)
     return out
 
@@ -83,7 +83,7 @@ def _linear_token_stats_bwd(
             active = active | (scalar != 0)
     rows, _ = split_rows(active, active, active_rows, only_active=True)
     grads = Grads(head, needs, len(weight))
-    for tile, logits in head.tiles(rows):
+    for tile, logits in head.tiles(rows, head.new_tile()):
         head.grad(tile, logits, *(at(x, tile) for x in (entropy, saved, dlog_probs, dentropy)))
         grads.add(tile, logits)
     return grads.hidden, grads.weight, grads.bias
@@ -178,13 +178,14 @@ def _linear_policy(
     rows, others = split_rows(valid, active, active_rows, only_active)
     out = log_probs, entropy, saved = head.new_stats()
     grads = Grads(head, needs, len(weight))
-    for tile, logits in head.tiles(rows):
+    buffer = head.new_tile()
+    for tile, logits in head.tiles(rows, buffer):
         head.stats(tile, logits, valid, out)
         h = entropy[tile]
         result = evaluate(log_probs[tile], h, tokens.at(tile), config)
         head.grad(tile, logits, h, saved[tile], result.dlog_probs, result.dentropy)
         grads.add(tile, logits)
-    for tile, logits in head.tiles(others):
+    for tile, logits in head.tiles(others, buffer):
         head.stats(tile, logits, valid, out)
     return log_probs, entropy, grads.hidden, grads.weight, grads.bias
 
@@ -264,8 +265,8 @@ def linear_token_stats(
         targets: [...] int64 or int32, already shifted; -100 = no target.
         bias: [V] of the same dtype.
         softcap: above 0, in units of the logits, before the temperature.
-        workspace_bytes: bound of the vocabulary-sized temporaries, in bytes; they hold some rows of
-            logits, one at least. More than pays is not used.
+        workspace_bytes: bound of the vocabulary-sized temporaries, in bytes; five rows of logits at
+            least. More than pays is not used.
         temperature, row_mask, vocab_size, backend: see `token_stats`; columns from `vocab_size` on
             are not even projected.
     Returns:

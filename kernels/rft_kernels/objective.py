@@ -275,8 +275,7 @@ def policy_objective(
     +-LOG_RATIO_BOUND before exp.
     """
     _check.tensor("log_probs", log_probs)
-    _check.mask("loss_mask", loss_mask, log_probs)
-    _check.normalizer(normalizer)
+    check_scale(config, normalizer)
     if entropy is not None:
         _check.tensor("entropy", entropy, shape=log_probs.shape, like=log_probs)
     elif config.entropy_coef:
@@ -286,6 +285,12 @@ def policy_objective(
         ref_log_probs, config,
     )  # fmt: skip
     return reduce_loss(log_probs, entropy, tokens, config, cu_seqlens, normalizer)
+
+
+def check_scale(config: PolicyConfig, normalizer: float | Tensor) -> None:
+    if not isinstance(config, PolicyConfig):
+        raise TypeError(f"config must be a PolicyConfig, got {type(config).__name__}")
+    _check.normalizer(normalizer)
 
 
 def check_tokens(
@@ -301,8 +306,6 @@ def check_tokens(
 ) -> tuple[Tokens, Tensor | None]:
     """Checks and flattens what the loss takes per token; and the bounds of its sequences."""
     shape, num_tokens = like.shape, like.numel()
-    if not isinstance(config, PolicyConfig):
-        raise TypeError(f"config must be a PolicyConfig, got {type(config).__name__}")
     _check.mask("loss_mask", loss_mask, like)
     if prefix_mask is not None:
         _check.mask("prefix_mask", prefix_mask, like)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _check
-from .objective import DEFAULT_CONFIG, PolicyConfig, Tokens, check_tokens, reduce_loss
+from .objective import DEFAULT_CONFIG, PolicyConfig, Tokens, check_scale, check_tokens, reduce_loss
 from .selection import FIFTH, check_fraction, select_top_entropy
 from .token_stats import TokenStats, token_stats
 
@@ -58,7 +58,7 @@ def plan_loss(
 ) -> Plan:
     """Checks the arguments of the loss and derives which rows matter for what."""
     _check.mask("response_mask", response_mask, like)
-    _check.normalizer(normalizer)
+    check_scale(config, normalizer)
     _check.one_of("stats", stats, ("all", "active"))
     check_fraction(fraction, like.numel())
     has_target = targets != _check.NO_TARGET

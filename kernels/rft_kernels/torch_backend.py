@@ -24,6 +24,11 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def row_bytes(vocab_size: int, dtype: torch.dtype) -> int:
+    """Scratch that one row of logits of this dtype takes."""
+    return _COPIES * vocab_size * stats_dtype(dtype).itemsize
+
+
 def default_scratch(device: torch.device) -> int:
     return _SCRATCH_BYTES.get(device.type, _SCRATCH_BYTES["cuda"])
 
@@ -94,8 +99,7 @@ def row_grad(
 def _blocks(chosen: Tensor, logits: Tensor, scratch_bytes: int) -> Iterator[slice | Tensor]:
     """Slices of all rows, or on a CPU index vectors of the chosen ones if some are not."""
     num_rows, vocab_size = logits.shape
-    row_bytes = _COPIES * vocab_size * stats_dtype(logits.dtype).itemsize
-    size = max(1, scratch_bytes // row_bytes)
+    size = max(1, scratch_bytes // row_bytes(vocab_size, logits.dtype))
     if chosen.device.type == "cpu" and not chosen.all():
         rows = chosen.nonzero().squeeze(-1)
         yield from rows.split(size) if len(rows) else ()

@@ -33,8 +33,11 @@ def policy_objective(
         lengths = torch.tensor(bounds).diff()
         advantages = advantages.flatten().repeat_interleave(lengths.to(advantages.device))
 
-    def flat(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.flatten()
+    def flat(x: Tensor) -> Tensor:
+        return x.flatten()
+
+    def given(x: Tensor) -> Tensor:
+        return x.detach().flatten().to(log_probs.dtype)
 
     count = log_probs.new_zeros(())
     sums = dict.fromkeys(
@@ -47,13 +50,13 @@ def policy_objective(
         inside = inside[flat(loss_mask)[inside]]
         is_prefix = flat(prefix)[inside]
         if config.importance_cap is not None:
-            usable = is_prefix | flat(rollout_log_probs)[inside].isfinite()
+            usable = is_prefix | given(rollout_log_probs)[inside].isfinite()
             sums["dropped"] = sums["dropped"] + (~usable).sum()
             inside, is_prefix = inside[usable], is_prefix[usable]
         if not len(inside):
             continue
-        new, a = flat(log_probs)[inside], flat(advantages)[inside].to(log_probs.dtype)
-        old = new.detach() if old_log_probs is None else flat(old_log_probs)[inside].detach()
+        new, a = flat(log_probs)[inside], given(advantages)[inside]
+        old = new.detach() if old_log_probs is None else given(old_log_probs)[inside]
         log_ratio = new - old
         if config.importance_level == "sequence":
             log_ratio = log_ratio.mean().expand(len(inside))
@@ -76,13 +79,13 @@ def policy_objective(
             sums["dual"] = sums["dual"] + ((a < 0) & (loss > ceiling)).sum()
             loss = torch.where(a < 0, torch.minimum(loss, ceiling), loss)
         if config.importance_cap is not None:
-            gap = (old - flat(rollout_log_probs)[inside]).clamp(max=bound)
+            gap = (old - given(rollout_log_probs)[inside]).clamp(max=bound)
             loss = loss * torch.where(is_prefix, 1, gap.exp().clamp(max=config.importance_cap))
         total = total + loss.sum()
         if entropy is not None:
             sums["entropy"] = sums["entropy"] + flat(entropy)[inside].sum()
         if config.kl != "none" and config.kl_coef:
-            d = new - flat(ref_log_probs)[inside]
+            d = new - given(ref_log_probs)[inside]
             k3 = (-d).clamp(-bound, bound).exp() + d - 1
             sums["kl"] = sums["kl"] + {"k1": d, "k2": d**2 / 2, "k3": k3}[config.kl].sum()
         sums["tokens"] = sums["tokens"] + len(inside)

@@ -1,0 +1,1 @@
+"""Benchmarks: one file per op, `python -m bench.<op> [--smoke]`."""

@@ -1,0 +1,102 @@
+"""What every benchmark needs: interleaved times, peak memory in fresh processes, rows of CSV."""
+
+import csv
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent
+MIB = 2**20
+
+
+def interleaved_ms(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Wall time of each call in ms, [repeats] a variant, in turns, after one warm-up each.
+
+    Taking turns puts a noisy neighbour on all variants alike, so their ratios hold better than
+    their times.
+    """
+    for call in variants.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, call in variants.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def spread(times_ms: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    if len(times_ms) == 1:
+        times_ms = times_ms * 2
+    fifths = quantiles(times_ms, n=10, method="inclusive")
+    return {"median_ms": fifths[4], "p20_ms": fifths[1], "p80_ms": fifths[7]}
+
+
+def peak_above_mib(call: Callable[[], Any]) -> float:
+    """How far the resident set of this process rises above its present size, at most, in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = pages * resource.getpagesize() / MIB
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def in_fresh_process(module: str, arguments: list[str]) -> Any:
+    """Runs `python -m module *arguments`, and returns the JSON on its last line."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT.parent)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine() -> dict[str, str]:
+    """Device, versions and commit: columns of every row."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    return {
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path | None) -> None:
+    """Prints the rows as a table, and writes them as CSV."""
+    columns = list(rows[0])
+    cells = [[_text(row[column]) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for line in [columns, *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([columns, *cells])
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,107 @@
+"""select_top_entropy: exact counts, ties, pools, orders, ranks."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import seeded
+from rft_kernels import reference, select_top_entropy
+
+FRACTIONS = st.fractions(0, 1, max_denominator=1000) | st.sampled_from([0.2, 0.1, 0.29, 1.0, 0])
+LEVELS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0, torch.nan, torch.inf])  # few values: many ties
+TOKENS = st.lists(st.tuples(LEVELS, st.booleans()), max_size=40)
+
+
+def columns(tokens):
+    values = torch.tensor([value for value, _ in tokens])
+    return values, torch.tensor([candidate for _, candidate in tokens], dtype=torch.bool)
+
+
+def num_kept(num_candidates: int, fraction) -> int:
+    return num_candidates - int(num_candidates * (1 - Fraction(str(fraction))))
+
+
+@given(TOKENS, FRACTIONS, st.sampled_from(["high", "low"]))
+def test_equals_the_specification(tokens, fraction, order):
+    entropy, candidates = columns(tokens)
+    options = {"fraction": fraction, "order": order}
+    kept = select_top_entropy(entropy, candidates, **options)
+    assert torch.equal(kept, reference.select_top_entropy(entropy, candidates, **options))
+    assert kept.sum() == num_kept(int(candidates.sum()), fraction)
+
+
+@given(st.lists(TOKENS, max_size=5), st.sampled_from(["high", "low", "random"]))
+def test_a_sequence_does_not_depend_on_its_neighbours(sequences, order):
+    options = {"order": order, "seed": 7 if order == "random" else None, "fraction": "0.3"}
+    bounds = torch.tensor([0, *map(len, sequences)]).cumsum(0)
+    packed = columns([token for tokens in sequences for token in tokens])
+    kept = select_top_entropy(*packed, cu_seqlens=bounds.int(), **options)
+    for tokens, part in zip(sequences, kept.split(list(map(len, sequences))), strict=True):
+        assert torch.equal(part, select_top_entropy(*columns(tokens), **options))
+
+
+def test_counts_where_a_float_product_is_off_by_one():
+    assert int(45 * (1 - 0.8)) != 9  # what a float would make of it
+    for n in range(200):
+        kept = select_top_entropy(torch.rand(n), torch.ones(n, dtype=torch.bool))
+        assert kept.sum() == n - n * 4 // 5
+
+
+def test_random_is_uniform_seeded_and_blind_to_entropy_and_padding():
+    mask = torch.ones(4000, dtype=torch.bool)
+    entropy = torch.rand(4000, generator=seeded(0))
+    options = {"order": "random", "fraction": 0.25}
+    first = select_top_entropy(entropy, mask, seed=1, **options)
+    assert first.sum() == 1000
+    assert torch.equal(first, select_top_entropy(-entropy, mask, seed=1, **options))
+    for seed in (2, 2**40 + 1):
+        other = select_top_entropy(entropy, mask, seed=seed, **options)
+        assert abs(int((first & other).sum()) - 250) < 60
+    for part in first.split(400):
+        assert abs(int(part.sum()) - 100) < 40
+    padded_mask = torch.zeros(8000, dtype=torch.bool)
+    padded_mask[::2] = True
+    padded = select_top_entropy(torch.rand(8000), padded_mask, seed=1, **options)
+    assert torch.equal(padded[::2], first)
+
+
+def test_any_shape_is_one_pool():
+    entropy = torch.rand(6, 5, generator=seeded(4))
+    mask = torch.rand(6, 5, generator=seeded(5)) > 0.3
+    kept = select_top_entropy(entropy, mask)
+    assert torch.equal(kept.flatten(), select_top_entropy(entropy.flatten(), mask.flatten()))
+
+
+def test_entropy_gets_no_gradient():
+    kept = select_top_entropy(torch.rand(5, requires_grad=True), torch.ones(5, dtype=torch.bool))
+    assert not kept.requires_grad
+
+
+def select_on_ranks(rank: int, store: str, sizes: list[int], entropy, candidates, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=len(sizes))
+    own = [x.split(sizes)[rank] for x in (entropy, candidates)]
+    for order in ("high", "low", "random"):
+        seed = 3 if order == "random" else None
+        kept = select_top_entropy(*own, order=order, seed=seed, process_group=dist.group.WORLD)
+        results[order, rank] = kept
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sizes", [[13, 29], [0, 42]], ids=str)
+def test_two_ranks_are_one_pool(sizes, tmp_path):
+    entropy = torch.randint(0, 6, (42,), generator=seeded(1)).float()
+    candidates = torch.rand(42, generator=seeded(2)) > 0.4
+    with mp.Manager() as manager:
+        results = manager.dict()
+        arguments = (str(tmp_path / "store"), sizes, entropy, candidates, results)
+        mp.spawn(select_on_ranks, arguments, nprocs=2)
+        for order in ("high", "low", "random"):
+            whole = select_top_entropy(
+                entropy, candidates, order=order, seed=3 if order == "random" else None
+            )
+            assert torch.equal(torch.cat([results[order, rank] for rank in (0, 1)]), whole)
