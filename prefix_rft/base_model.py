@@ -192,7 +192,7 @@ def _make_model(
                 num_key_value_heads=config.num_heads,
                 intermediate_size=config.intermediate_size,
                 max_position_embeddings=config.max_position_embeddings,
-                # The usual 0.02 is for wide models; here it delays learning to copy from the prompt.
+                # The usual 0.02 suits wide models; here copying from the prompt is learnt late by it.
                 initializer_range=config.hidden_size**-0.5,
                 tie_word_embeddings=True,
                 bos_token_id=None,

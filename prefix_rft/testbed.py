@@ -16,7 +16,7 @@ from prefix_rft.config import ConfigError, TestbedConfig
 TestbedRow = dict[str, str | int]
 
 _ASKED = " Show the steps."
-_ATTEMPTS = 100  # draws per wanted row before there are taken to be too few
+_ATTEMPTS = 100  # draws per wanted row until problems count as too few
 
 
 def make_row(rng: random.Random, *, num_steps: int, max_operand: int, max_value: int) -> TestbedRow:
