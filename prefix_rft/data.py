@@ -19,7 +19,7 @@ from prefix_rft.load_report import Findings, LoadReport
 from prefix_rft.sources import load_rows
 from prefix_rft.testbed import make_rows
 
-_TOKENIZER_BATCH = 1000  # texts
+_TOKENIZER_BATCH = 256  # texts; the tokenizer holds some hundred bytes a token meanwhile
 _THINK = "<think>\n"
 
 

@@ -224,7 +224,7 @@ class Grader:
                     replies[task] = reply
                     num_open -= 1
                     if reply in ("timeout", "error"):
-                        _log.warning("grader %s on %.200r", reply, questions[task])
+                        _log.info("grader %s on %.200r", reply, questions[task])
         finally:
             # Left by an exception: a late reply must not be taken for the next question's.
             for worker in [worker for worker in self._workers if worker.task is not None]:
@@ -235,14 +235,15 @@ class Grader:
         for worker in [worker for worker in self._workers if worker.is_idle]:
             if not waiting:
                 return
+            worker.task = waiting[0]
+            worker.deadline = time.monotonic() + self._timeout_s
             try:
-                worker.process.stdin.write(json.dumps(questions[waiting[0]]).encode() + b"\n")
+                worker.process.stdin.write(json.dumps(questions[worker.task]).encode() + b"\n")
                 worker.process.stdin.flush()
             except BrokenPipeError:  # it died while idle; the question stays first in the queue
                 self._replace(worker)
             else:
-                worker.task = waiting.popleft()
-                worker.deadline = time.monotonic() + self._timeout_s
+                waiting.popleft()
 
     def _collect(self) -> list[tuple[int, bool | str]]:
         """Wait for the next reply, death or deadline; returns the tasks that ended."""
@@ -266,11 +267,11 @@ class Grader:
         for worker in [w for w in self._workers if not w.is_idle and w.deadline <= now]:
             if worker.task is not None:
                 ended.append((worker.task, "timeout"))
-            self._replace(worker)
+            self._replace(worker, f"not ready after {START_TIMEOUT_S:g} s")
         return ended
 
-    def _replace(self, worker: _Worker) -> None:
+    def _replace(self, worker: _Worker, why: str = "it ended") -> None:
         errors = self._drop(worker)
         if not worker.is_ready:
-            raise RewardError(f"a grader process did not start: {errors or 'no message'}")
+            raise RewardError(f"a grader process did not start: {why}. {errors}".strip())
         self._start_worker()

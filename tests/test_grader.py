@@ -36,6 +36,8 @@ def grader():
 @pytest.fixture
 def strict_grader():
     with Grader(num_workers=2, timeout_s=BOMB_TIMEOUT_S, memory_mib=512) as grader:
+        while not all(worker.is_ready for worker in grader._workers):
+            assert grader.grade(["1/2"], ["2/4"]) == ["correct"]
         yield grader
 
 
@@ -210,7 +212,6 @@ def test_which_gold_answers_can_be_compared_with(grader):
 
 
 def test_bombs_end_at_their_deadline_and_hold_nobody_up(strict_grader):
-    assert strict_grader.grade(["1/2"], ["2/4"]) == ["correct"]  # the workers are up
     before = pids(strict_grader)
     # Two bombs first, one for each worker; the easy ones have to come after them.
     answers = [BOMBS[0], BOMBS[1], "0.5", "2/4", "1/3", BOMBS[2], "x+y"]
@@ -268,8 +269,16 @@ def test_the_memory_limit_counts_from_what_is_in_use():
     assert done.stdout == "refused\n", done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited on Linux only")
+def test_workers_have_a_memory_limit(strict_grader):
+    for pid in pids(strict_grader):
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        (line,) = [line for line in limits.splitlines() if line.startswith("Max address space")]
+        in_use = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+        assert 0 < int(line.split()[3]) <= in_use + 512 * 2**20
+
+
 def test_a_worker_that_dies_at_work_costs_one_error(strict_grader):
-    strict_grader.grade(["1/2"], ["2/4"])
     killer = threading.Timer(0.5, lambda: [os.kill(pid, signal.SIGKILL) for pid in before])
     before = pids(strict_grader)
     killer.start()
@@ -279,7 +288,6 @@ def test_a_worker_that_dies_at_work_costs_one_error(strict_grader):
 
 
 def test_a_worker_that_dies_idle_costs_nothing(strict_grader):
-    strict_grader.grade(["1/2"], ["2/4"])
     for pid in pids(strict_grader):
         os.kill(pid, signal.SIGKILL)
         assert wait_until_gone(pid, 5.0)
@@ -287,7 +295,6 @@ def test_a_worker_that_dies_idle_costs_nothing(strict_grader):
 
 
 def test_workers_take_no_notice_of_ctrl_c(strict_grader):
-    strict_grader.grade(["1/2"], ["2/4"])
     before = pids(strict_grader)
     for pid in before:
         os.kill(pid, signal.SIGINT)
@@ -297,7 +304,6 @@ def test_workers_take_no_notice_of_ctrl_c(strict_grader):
 
 
 def test_an_interrupted_call_leaves_no_reply_behind(strict_grader):
-    strict_grader.grade(["1/2"], ["2/4"])
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -348,7 +354,7 @@ def test_a_worker_that_cannot_start_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(grader_module, "_worker_file", broken)
     with (
         Grader(num_workers=2, timeout_s=1.0, memory_mib=512) as grader,
-        pytest.raises(RewardError, match="did not start(.|\n)*no_such_package"),
+        pytest.raises(RewardError, match="did not start: it ended(.|\n)*no_such_package"),
     ):
         grader.grade(["1/2"], ["0.5"])
 
@@ -360,7 +366,7 @@ def test_a_worker_that_never_gets_ready_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(grader_module, "START_TIMEOUT_S", 0.5)
     with (
         Grader(num_workers=1, timeout_s=1.0, memory_mib=512) as grader,
-        pytest.raises(RewardError, match="did not start: no message"),
+        pytest.raises(RewardError, match=r"did not start: not ready after 0\.5 s"),
     ):
         grader.grade(["1/2"], ["0.5"])
 
