@@ -43,7 +43,7 @@ def make_requests(num: int, *, seed: int = 0) -> list[RolloutRequest]:
     ]
 
 
-def as_batch(requests, completions, *, dtype=torch.float32):
+def as_batch(requests, completions, *, dtype):
     rows = [
         TrainRow(
             rollout=Rollout(
@@ -83,8 +83,8 @@ def greedy_alone(model, request, *, eos=(1,)) -> tuple[int, ...]:
     return tuple(ids[start:])
 
 
-def log_prob_gap(policy, requests, completions) -> float:
-    batch = as_batch(requests, completions)
+def log_prob_gap(policy, requests, completions, *, dtype=torch.float32) -> float:
+    batch = as_batch(requests, completions, dtype=dtype)
     continuation = batch.response_mask & ~batch.prefix_mask
     gap = policy.token_stats(batch).log_probs - batch.rollout_log_probs
     return gap[continuation].abs().max().item()
@@ -96,6 +96,14 @@ def test_log_probs_are_those_of_the_trainer(tiny_model, temperature):
     requests = make_requests(24)
     completions = generate(make_engine(tiny_model), requests, temperature=temperature)
     assert log_prob_gap(policy, requests, completions) < 1e-5
+
+
+def test_log_probs_are_exact_in_float64(make_model):
+    model = make_model(dtype=torch.float64)
+    policy = Policy(model, temperature=0.7, vocab_size=VOCAB)
+    requests = make_requests(6)
+    completions = generate(make_engine(model), requests, temperature=0.7)
+    assert log_prob_gap(policy, requests, completions, dtype=torch.float64) < 1e-6
 
 
 def test_log_probs_agree_in_bfloat16(tiny_model):

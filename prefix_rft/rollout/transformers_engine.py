@@ -13,7 +13,7 @@ from prefix_rft.data_types import Completion, RolloutRequest
 _NOT_FORCED = -1  # in place of a token id
 _COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are dropped from the cache
 _MIN_SPARE_COLUMNS = 64  # room that a cache buffer is given beyond what it holds
-_CHECK_EVERY_CUDA = 8  # tokens between looks at which rows live; each look waits for the device
+_CHECK_EVERY = 8  # tokens between looks at which rows live, where a look waits for a device
 
 
 class TransformersEngine:
@@ -133,10 +133,11 @@ class TransformersEngine:
         model, device = self._model, self._model.device
         batch = _Batch(requests, self._pad_token_id, model)
         eos = torch.tensor(self._eos_token_ids, device=device)
-        check_every = 1 if device.type == "cpu" else _CHECK_EVERY_CUDA
+        check_every = 1 if device.type == "cpu" else _CHECK_EVERY
         # [requests, steps]; a completion is a span of steps, what lies outside is never read.
         tokens = torch.zeros(len(requests), batch.num_steps, dtype=torch.int64, device=device)
-        log_probs = torch.zeros(tokens.shape, dtype=torch.float64, device=device)
+        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        log_probs = torch.zeros(tokens.shape, dtype=dtype, device=device)
         ends = torch.tensor(batch.ends, device=device)  # [requests] step after the last token
         has_stopped = torch.zeros_like(ends, dtype=torch.bool)
 
@@ -147,7 +148,7 @@ class TransformersEngine:
             sampled = torch.where(forced == _NOT_FORCED, sampled, forced)
             rows = batch.rows
             tokens[rows, step] = sampled
-            log_probs[rows, step] = sampled_log_probs.double()
+            log_probs[rows, step] = sampled_log_probs
             stops = torch.isin(sampled, eos) & (forced == _NOT_FORCED) & (ends[rows] > step)
             ends[rows] = torch.where(stops, step + 1, ends[rows])
             has_stopped[rows] |= stops
