@@ -9,7 +9,7 @@ from prefix_rft.data_types import Completion, RolloutRequest
 
 
 class RolloutEngine(Protocol):
-    """Generates with the weights of the last `update_weights`, whose number is `weights_version`."""
+    """Generates with the weights of the last `update_weights`, numbered `weights_version`."""
 
     weights_version: int
 
