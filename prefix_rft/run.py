@@ -76,11 +76,12 @@ def train(config: Config, *, resume: bool = False) -> dict:
             with interrupt.abandonable():
                 summary = {"base": setup.evaluate()}
             _write_summary(run_dir, summary)
-            logger.log(0, _eval_metrics(summary["base"]), kind="eval")
         trainer = setup.trainer()
         if checkpoints:
             logger.message(f"resuming from {checkpoints[-1]}")
             trainer.restore(checkpoints[-1])
+        else:
+            logger.log(0, _eval_metrics(summary["base"]), kind="eval")
         _loop(config, setup, trainer, logger, interrupt)
         logger.message("evaluating the trained model")
         with interrupt.abandonable():
