@@ -53,7 +53,7 @@ def row_stats(
         log_p = torch.log_softmax(z, -1)
         log_probs[rows] = log_p.gather(-1, index[rows, None]).squeeze(-1)
         p_log_p = torch.softmax(z, -1).mul_(log_p.clamp_(min=_LOWEST_LOG_P))
-        entropy[rows] = p_log_p.sum(-1).neg_().clamp_(min=0)
+        entropy[rows] = 0 - p_log_p.sum(-1)  # no term is positive, and 0 - 0 is not -0
     log_probs = torch.where(valid, torch.where(in_range, log_probs, torch.nan), 0)
     return log_probs, torch.where(valid, entropy, 0), log_probs.new_empty(num_rows, NUM_SAVED)
 

@@ -17,9 +17,10 @@ from rft_kernels import (
 from torch.profiler import ProfilerActivity, profile
 
 CONFIG = PolicyConfig(entropy_coef=0.05, dual_clip=1.2)
-WIDE = {"num_rows": 96, "width": 2, "vocab_size": 4000, "dtype": torch.float32}
+WIDTH = 16
+WIDE = {"num_rows": 96, "width": WIDTH, "vocab_size": 4000, "dtype": torch.float32}
 LOGITS_BYTES = 96 * 4000 * 4
-SLACK_BYTES = 96 * 8 * 64  # numbers a row, and small change
+SLACK_BYTES = 96 * 8 * 48  # numbers a row, hidden states, small change
 
 
 def peak_bytes(call) -> int:
@@ -54,11 +55,11 @@ def test_linear_loss_stays_within_its_workspace(selecting, softcap, dtype, works
     inputs |= {"workspace_bytes": workspace_bytes, "normalizer": 7}
     if not selecting:
         inputs["selected_mask"] = inputs["prefix_mask"]
-    wide_gradients = 4000 * 3 * (4 + (dtype.itemsize if dtype != torch.float32 else 0))
-    dbias_of_a_tile = 4000 * 4
     peak = peak_bytes(lambda: linear_prefix_rft_loss(**inputs).loss.backward())
-    excess = peak - (workspace_bytes + wide_gradients + dbias_of_a_tile + SLACK_BYTES)
-    assert excess <= 0
+    entries, dbias_of_a_tile = 4000 * (WIDTH + 1), 4000 * 4
+    rounding = 0 if dtype == torch.float32 else entries * dtype.itemsize  # once the tiles are gone
+    allowed = entries * 4 + max(workspace_bytes + dbias_of_a_tile, rounding) + SLACK_BYTES
+    assert peak <= allowed
 
 
 @pytest.mark.parametrize("selecting", [False, True], ids=["one pass", "two passes"])

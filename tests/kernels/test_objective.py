@@ -50,7 +50,8 @@ def tokens(layout: str = "flat", dtype: torch.dtype = torch.float64):
         "ref_log_probs": log_probs + 0.4 * normal(),
         "normalizer": 50,
     }
-    options["rollout_log_probs"].flatten()[3] = torch.nan
+    options["rollout_log_probs"].view(-1)[::5] = torch.nan
+    options["rollout_log_probs"].view(-1)[3] = -torch.inf
     if layout == "flat":
         options["cu_seqlens"] = torch.tensor([0, 7, 7, 20, B * L])
     return positional, options

@@ -18,6 +18,7 @@ CONFIGS = {
     "plain": PolicyConfig(),
     "terms": PolicyConfig(**SOME_TERMS),
     "sequence": PolicyConfig(importance_level="sequence", prefix_clip="none"),
+    "prefix free": PolicyConfig(prefix_clip="none", entropy_coef=0.01),
     "capped": PolicyConfig(importance_cap=1.1, prefix_clip=(0.1, 0.3)),
 }
 PREFIXES = ("selecting", "selected", "no prefix")
@@ -171,6 +172,15 @@ def test_active_statistics_change_no_gradient(config, prefixes):
     assert (few.log_probs[~needed] == 0).all() and (few.entropy[~needed] == 0).all()
     assert (whole.entropy[~needed] != 0).any()
     torch.testing.assert_close(few.entropy[needed], whole.entropy[needed])
+
+
+def test_metrics_of_active_statistics_are_of_active_rows():
+    inputs = loss_inputs() | {"prefix_mask": None}
+    active = inputs["response_mask"] & (inputs["targets"] != -100) & (inputs["advantages"] != 0)
+    whole = linear_prefix_rft_loss(**inputs)
+    few = linear_prefix_rft_loss(**inputs, stats="active").metrics
+    assert few["num_tokens"] == active.sum() < whole.metrics["num_tokens"]
+    torch.testing.assert_close(few["entropy_sum"], whole.entropy[active].sum())
 
 
 def test_rows_without_gradient_are_never_looked_at():

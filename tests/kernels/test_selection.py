@@ -44,11 +44,21 @@ def test_a_sequence_does_not_depend_on_its_neighbours(sequences, order):
         assert torch.equal(part, select_top_entropy(*columns(tokens), **options))
 
 
-def test_counts_where_a_float_product_is_off_by_one():
-    assert int(45 * (1 - 0.8)) != 9  # what a float would make of it
-    for n in range(200):
-        kept = select_top_entropy(torch.rand(n), torch.ones(n, dtype=torch.bool))
-        assert kept.sum() == n - n * 4 // 5
+def test_counts_are_exact_where_a_float_product_is_not():
+    mask = torch.ones(1000, dtype=torch.bool)
+    for share in range(0, 1001, 7):
+        for fraction in (Fraction(share, 1000), share / 1000, str(share / 1000)):
+            assert select_top_entropy(torch.rand(1000), mask, fraction=fraction).sum() == share
+
+
+@pytest.mark.parametrize("order", ["high", "low"])
+def test_nan_ranks_last(order):
+    entropy = torch.tensor([torch.nan, 1.0, torch.nan, 2.0])
+    mask = torch.ones(4, dtype=torch.bool)
+    half = select_top_entropy(entropy, mask, fraction=0.5, order=order)
+    assert half.tolist() == [False, True, False, True]
+    more = select_top_entropy(entropy, mask, fraction=0.75, order=order)
+    assert more.tolist() == [True, True, False, True]
 
 
 def test_random_is_uniform_seeded_and_blind_to_entropy_and_padding():

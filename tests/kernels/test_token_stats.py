@@ -44,6 +44,16 @@ def test_shapes(shape: tuple[int, int]):
     compare(logits, torch.zeros(shape[0], dtype=torch.int32))
 
 
+def test_entropy_has_no_sign():
+    for logits in (
+        torch.randn(3, 1),
+        logits_case("normal").float() * 1e3,
+        logits_case("peaked") * 9,
+    ):
+        entropy = token_stats(logits, torch.zeros(len(logits), dtype=torch.long)).entropy
+        assert not entropy.signbit().any() and entropy.min() < 1e-6
+
+
 def test_target_of_probability_zero():
     logits = logits_case("one -inf").float()
     targets = torch.zeros(13, dtype=torch.long)
