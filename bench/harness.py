@@ -64,17 +64,23 @@ def in_fresh_process(module: str, arguments: list[str]) -> Any:
 def machine() -> dict[str, str]:
     """Device, versions and commit: columns of every row."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    if _git("status", "--porcelain", "--", "kernels", "bench/*.py"):
+        commit += "-dirty"
     return {
         "device": device,
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT.parent
+    ).stdout.strip()
 
 
 def _processor() -> str:
