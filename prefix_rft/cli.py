@@ -1,6 +1,7 @@
 """The command `prefix-rft`; heavy modules are imported by the command that needs them."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -155,6 +156,8 @@ def parse(argv: Sequence[str]) -> Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0: done, 2: something to put right, 130: interrupted."""
+    # Threads that spin while they wait take the processor from those they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return parse(sys.argv[1:] if argv is None else argv).run()
     except UserError as error:
