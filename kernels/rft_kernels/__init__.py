@@ -1,7 +1,8 @@
 """Statistics, selection, loss and gradient for reinforcement fine-tuning of language models."""
 
 from .linear import linear_prefix_rft_loss, linear_token_stats
-from .objective import PolicyConfig, policy_objective
+from .objective import policy_objective
+from .policy_config import PolicyConfig
 from .policy_loss import PolicyLoss, prefix_rft_loss
 from .selection import select_top_entropy
 from .token_stats import TokenStats, token_stats

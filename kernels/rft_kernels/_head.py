@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _check
+from .token_stats import check_rows
 from .torch_backend import at, default_scratch, row_bytes, stats_dtype
 
 # Enough rows that reading and writing dW once a tile is small beside the tile's GEMMs.
@@ -152,3 +153,49 @@ def split_rows(
     listed = torch.zeros_like(valid, dtype=torch.int32).index_fill(0, active_rows, 1)
     num_others = 0 if only_active else len(valid) - len(active_rows)
     return active_rows, listed.argsort(stable=True)[:num_others]
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    vocab_size: int | None,
+    workspace_bytes: int,
+    backend: str,
+    row_mask: Tensor | None,
+) -> tuple[tuple, Tensor]:
+    """Checks and flattens the arguments of make_head; and the rows [T] that have an output."""
+    _check.tensor("hidden", hidden)
+    if hidden.dim() == 0:
+        raise ValueError("hidden must be [..., D], got a 0-dim tensor")
+    shape, width = hidden.shape[:-1], hidden.shape[-1]
+    _check.tensor("lm_head_weight", weight, dtypes=(hidden.dtype,), like=hidden)
+    if weight.dim() != 2 or weight.shape[1] != width or len(weight) == 0:
+        raise ValueError(
+            f"lm_head_weight must be [V, {width}] with V at least 1, got {list(weight.shape)}"
+        )
+    if bias is not None:
+        _check.tensor("bias", bias, dtypes=(hidden.dtype,), shape=weight.shape[:1], like=hidden)
+    if vocab_size is None:
+        vocab_size = len(weight)
+    _check.integer("vocab_size", vocab_size, least=1, most=len(weight))
+    _check.integer("workspace_bytes", workspace_bytes, least=1)
+    if softcap is not None:
+        _check.number("softcap", softcap, above=0)
+    valid = check_rows(hidden, shape, targets, temperature, row_mask, vocab_size)
+    per_row = isinstance(temperature, Tensor)
+    return (
+        hidden.reshape(-1, width),
+        weight,
+        bias,
+        targets.reshape(-1),
+        temperature.detach().reshape(-1) if per_row else None,
+        1.0 if per_row else float(temperature),
+        None if softcap is None else float(softcap),
+        vocab_size,
+        workspace_bytes,
+        _backends.resolve(backend),
+    ), valid.reshape(-1)

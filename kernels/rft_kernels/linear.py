@@ -11,12 +11,14 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from . import _backends, _check
-from ._head import Grads, make_head, split_rows
-from .objective import DEFAULT_CONFIG, PolicyConfig, Tokens, evaluate
+from . import _backends
+from ._head import Grads, check_head, make_head, split_rows
+from ._tokens import Tokens
+from .objective import evaluate
+from .policy_config import DEFAULT_CONFIG, PolicyConfig
 from .policy_loss import PolicyLoss, finish_loss, plan_loss
 from .selection import FIFTH
-from .token_stats import TokenStats, check_rows
+from .token_stats import TokenStats
 from .torch_backend import at, stats_dtype
 
 _NUM_HEAD = 10  # arguments of make_head, which lead those of each op
@@ -196,52 +198,6 @@ def _(hidden, weight, *arguments):
     return *stats[:2], *_fake_grads(hidden, weight, arguments[-1])
 
 
-def _check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    vocab_size: int | None,
-    workspace_bytes: int,
-    backend: str,
-    row_mask: Tensor | None,
-) -> tuple[tuple, Tensor]:
-    """Checks and flattens the arguments of make_head; and the rows [T] that have an output."""
-    _check.tensor("hidden", hidden)
-    if hidden.dim() == 0:
-        raise ValueError("hidden must be [..., D], got a 0-dim tensor")
-    shape, width = hidden.shape[:-1], hidden.shape[-1]
-    _check.tensor("lm_head_weight", weight, dtypes=(hidden.dtype,), like=hidden)
-    if weight.dim() != 2 or weight.shape[1] != width or len(weight) == 0:
-        raise ValueError(
-            f"lm_head_weight must be [V, {width}] with V at least 1, got {list(weight.shape)}"
-        )
-    if bias is not None:
-        _check.tensor("bias", bias, dtypes=(hidden.dtype,), shape=weight.shape[:1], like=hidden)
-    if vocab_size is None:
-        vocab_size = len(weight)
-    _check.integer("vocab_size", vocab_size, least=1, most=len(weight))
-    _check.integer("workspace_bytes", workspace_bytes, least=1)
-    if softcap is not None:
-        _check.number("softcap", softcap, above=0)
-    valid = check_rows(hidden, shape, targets, temperature, row_mask, vocab_size)
-    per_row = isinstance(temperature, Tensor)
-    return (
-        hidden.reshape(-1, width),
-        weight,
-        bias,
-        targets.reshape(-1),
-        temperature.detach().reshape(-1) if per_row else None,
-        1.0 if per_row else float(temperature),
-        None if softcap is None else float(softcap),
-        vocab_size,
-        workspace_bytes,
-        _backends.resolve(backend),
-    ), valid.reshape(-1)
-
-
 def linear_token_stats(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -277,7 +233,7 @@ def linear_token_stats(
     projects again, and only (on a CPU) rows whose incoming gradients are not both zero. Sums are
     float32 (float64 for float64). Deterministic.
     """
-    arguments, valid = _check_head(
+    arguments, valid = check_head(
         hidden, lm_head_weight, bias, targets, temperature, softcap, vocab_size, workspace_bytes,
         backend, row_mask,
     )  # fmt: skip
@@ -330,7 +286,7 @@ def linear_prefix_rft_loss(
     ratio of the token), they are computed in the forward, from one projection, and only scaled by
     the backward; otherwise the backward projects the active rows again. Deterministic.
     """
-    arguments, _ = _check_head(
+    arguments, _ = check_head(
         hidden, lm_head_weight, bias, targets, temperature, softcap, vocab_size, workspace_bytes,
         backend, None,
     )  # fmt: skip

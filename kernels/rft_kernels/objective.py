@@ -4,86 +4,17 @@ T tokens, B sequences. All loss mathematics of the package is here, once; the vo
 sees two numbers a row.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _check
+from ._tokens import Tokens, check_scale, check_tokens, sequence_of_token
+from .policy_config import DEFAULT_CONFIG, PolicyConfig
 
 LOG_RATIO_BOUND = 20.0  # e^20 = 5e8: finite in every dtype's sums; beyond it a ratio has no slope
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyConfig:
-    """What the loss of a token is. Ratios are exp(log_prob - old_log_prob)."""
-
-    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.2
-    dual_clip: float | None = None  # > 1: for A < 0 the loss is at most -A times this
-    prefix_clip: str | tuple[float, float] = (
-        "same"  # "same", "none", or (low, high) of prefix tokens
-    )
-    importance_level: str = "token"  # "sequence": one ratio a row, from its mean log-ratio
-    importance_cap: float | None = None  # > 0: weigh by min(exp(old - rollout log-prob), cap)
-    entropy_coef: float = 0.0  # the loss falls by this times the entropy, nats
-    kl: str = "none"  # estimator of the KL to the reference: "none", "k1", "k2", "k3"
-    kl_coef: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check.number("clip_low", self.clip_low, least=0)
-        _check.number("clip_high", self.clip_high, least=0)
-        if self.dual_clip is not None:
-            _check.number("dual_clip", self.dual_clip, above=1)
-        if isinstance(self.prefix_clip, str):
-            _check.one_of("prefix_clip", self.prefix_clip, ("same", "none"))
-        else:
-            _check_pair("prefix_clip", self.prefix_clip)
-        _check.one_of("importance_level", self.importance_level, ("token", "sequence"))
-        if self.importance_cap is not None:
-            _check.number("importance_cap", self.importance_cap, above=0)
-        _check.number("entropy_coef", self.entropy_coef)
-        _check.one_of("kl", self.kl, ("none", "k1", "k2", "k3"))
-        _check.number("kl_coef", self.kl_coef)
-
-    @property
-    def uses_kl(self) -> bool:
-        return self.kl != "none" and self.kl_coef != 0
-
-    @property
-    def depends_on_row_alone(self) -> bool:
-        """Whether the derivatives of a row need nothing from the forward of other rows."""
-        return self.importance_level == "token"
-
-    @property
-    def vanishes_without_advantage(self) -> bool:
-        """Whether a token whose advantage is 0 has no gradient."""
-        return self.importance_level == "token" and not self.entropy_coef and not self.uses_kl
-
-
-def _check_pair(name: str, value: Any) -> None:
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise TypeError(f'{name} must be "same", "none" or (low, high), got {value!r}')
-    for number in value:
-        _check.number(name, number, least=0)
-
-
-DEFAULT_CONFIG = PolicyConfig()
-
-
-class Tokens(NamedTuple):
-    """What a token's loss depends on beside its log_prob and entropy; all `[T]`, or None."""
-
-    advantages: Tensor
-    loss_mask: Tensor  # values elsewhere are never used, whatever they are
-    old_log_probs: Tensor | None = None  # None: on-policy, the ratio is 1 and has its slope
-    prefix_mask: Tensor | None = None
-    rollout_log_probs: Tensor | None = None
-    ref_log_probs: Tensor | None = None
-
-    def at(self, rows: slice | Tensor) -> "Tokens":
-        return Tokens(*(None if x is None else x[rows] for x in self))
 
 
 class Evaluation(NamedTuple):
@@ -197,11 +128,6 @@ def _sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     return (sums / counts.clamp(min=1))[sequence_of_token(offsets, len(x))]
 
 
-def sequence_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    positions = torch.arange(num_tokens, device=cu_seqlens.device)
-    return torch.bucketize(positions, cu_seqlens[1:].long(), right=True)
-
-
 class _KnownGradient(torch.autograd.Function):
     """`loss` as a function of `inputs`, whose gradients `dinputs` are already there."""
 
@@ -212,6 +138,7 @@ class _KnownGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
         # A graph that is not kept gives its saved tensors away: scaled where they are, no copy.
         keep = (
@@ -287,64 +214,6 @@ def policy_objective(
     return reduce_loss(log_probs, entropy, tokens, config, cu_seqlens, normalizer)
 
 
-def check_scale(config: PolicyConfig, normalizer: float | Tensor) -> None:
-    if not isinstance(config, PolicyConfig):
-        raise TypeError(f"config must be a PolicyConfig, got {type(config).__name__}")
-    _check.normalizer(normalizer)
-
-
-def check_tokens(
-    like: Tensor,  # [...] of any float dtype
-    old_log_probs: Tensor | None,
-    advantages: Tensor,
-    loss_mask: Tensor,
-    prefix_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    rollout_log_probs: Tensor | None,
-    ref_log_probs: Tensor | None,
-    config: PolicyConfig,
-) -> tuple[Tokens, Tensor | None]:
-    """Checks and flattens what the loss takes per token; and the bounds of its sequences."""
-    shape, num_tokens = like.shape, like.numel()
-    _check.mask("loss_mask", loss_mask, like)
-    if prefix_mask is not None:
-        _check.mask("prefix_mask", prefix_mask, like)
-    given = {
-        "old_log_probs": old_log_probs,
-        "rollout_log_probs": rollout_log_probs,
-        "ref_log_probs": ref_log_probs,
-    }
-    for name, value in given.items():
-        if value is not None:
-            _check.tensor(name, value, shape=shape, like=like)
-    if config.importance_cap is not None and rollout_log_probs is None:
-        raise ValueError("rollout_log_probs must be given, as config.importance_cap is set")
-    if config.uses_kl and ref_log_probs is None:
-        raise ValueError(f"ref_log_probs must be given, as config.kl is {config.kl!r}")
-
-    if cu_seqlens is not None:
-        _check.cu_seqlens(cu_seqlens, num_tokens, like)
-    elif len(shape) > 1:
-        rows, length = shape[:-1].numel(), shape[-1]
-        cu_seqlens = torch.arange(rows + 1, device=like.device) * length
-    elif config.importance_level == "sequence":
-        raise ValueError(
-            "cu_seqlens must be given, or tokens as [B, L], for a ratio of the sequence"
-        )
-
-    _check.tensor("advantages", advantages, like=like)
-    if advantages.shape != shape:
-        num_sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
-        if cu_seqlens is None or advantages.numel() != num_sequences:
-            raise ValueError(
-                f"advantages must have shape {list(shape)}, or one entry for each of the "
-                f"{num_sequences} sequences, got {list(advantages.shape)}"
-            )
-        advantages = advantages.reshape(-1)[sequence_of_token(cu_seqlens, num_tokens)]
-    tokens = (advantages, loss_mask, old_log_probs, prefix_mask, rollout_log_probs, ref_log_probs)
-    return Tokens(*(None if x is None else x.detach().reshape(-1) for x in tokens)), cu_seqlens
-
-
 def reduce_loss(
     log_probs: Tensor,
     entropy: Tensor | None,
@@ -367,8 +236,5 @@ def reduce_loss(
         derivatives = [x for x in (result.dlog_probs, result.dentropy) if x is not None]
         gradient = inputs[: len(derivatives)], derivatives
     loss = attach_gradient(result.loss.sum(), *gradient)
-    return loss / detached(normalizer), result.metrics
-
-
-def detached(x: float | Tensor) -> float | Tensor:
-    return x.detach() if isinstance(x, Tensor) else x
+    normalizer = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
+    return loss / normalizer, result.metrics

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from . import _check
-from .objective import DEFAULT_CONFIG, PolicyConfig, Tokens, check_scale, check_tokens, reduce_loss
+from ._tokens import Tokens, check_scale, check_tokens
+from .objective import reduce_loss
+from .policy_config import DEFAULT_CONFIG, PolicyConfig
 from .selection import FIFTH, check_fraction, select_top_entropy
 from .token_stats import TokenStats, token_stats
 
@@ -139,9 +141,9 @@ def prefix_rft_loss(
 ) -> PolicyLoss:
     """The clipped policy loss on continuation tokens and the prefix tokens of highest entropy.
 
-        loss = policy_objective(log_probs, ..., loss_mask),  log_probs, entropy =
-        token_stats(logits) loss_mask = response_mask, with a target, and, where prefix_mask,
-        selected
+        log_probs, entropy = token_stats(logits, targets)
+        loss_mask = response_mask, with a target, and, where prefix_mask, selected
+        loss = policy_objective(log_probs, ..., loss_mask)
 
     Args:
         logits: [..., V] float16, bfloat16, float32 or float64; see `token_stats`.

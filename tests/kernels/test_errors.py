@@ -165,6 +165,10 @@ def test_policy_config(message):
     refuses(message, error, PolicyConfig, **changed)
 
 
+def test_prefix_clip_may_be_a_list():
+    assert PolicyConfig(prefix_clip=[0.1, 0.3]).prefix_clip == (0.1, 0.3)
+
+
 OBJECTIVE = {
     "old_log_probs must have shape [4], got [3]": (ValueError, {"old_log_probs": torch.zeros(3)}),
     "advantages must be a floating-point tensor, got torch.int64": (

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from rft_kernels.objective import DEFAULT_CONFIG, LOG_RATIO_BOUND, PolicyConfig
+from rft_kernels.objective import LOG_RATIO_BOUND
+from rft_kernels.policy_config import DEFAULT_CONFIG, PolicyConfig
 
 
 def policy_objective(

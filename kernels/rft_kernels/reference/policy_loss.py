@@ -5,7 +5,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from rft_kernels.objective import DEFAULT_CONFIG, PolicyConfig
+from rft_kernels.policy_config import DEFAULT_CONFIG, PolicyConfig
 from rft_kernels.policy_loss import PolicyLoss
 
 from .objective import policy_objective

@@ -1,0 +1,62 @@
+"""What the loss of a token is: the choices of E4 to E7."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from . import _check
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """What the loss of a token is. Ratios are exp(log_prob - old_log_prob)."""
+
+    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2
+    dual_clip: float | None = None  # > 1: for A < 0 the loss is at most -A times this
+    prefix_clip: str | tuple[float, float] = "same"  # "none", or (low, high), of prefix tokens
+    importance_level: str = "token"  # "sequence": one ratio a row, from its mean log-ratio
+    importance_cap: float | None = None  # > 0: weigh by min(exp(old - rollout log-prob), cap)
+    entropy_coef: float = 0.0  # the loss falls by this times the entropy, nats
+    kl: str = "none"  # estimator of the KL to the reference: "none", "k1", "k2", "k3"
+    kl_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check.number("clip_low", self.clip_low, least=0)
+        _check.number("clip_high", self.clip_high, least=0)
+        if self.dual_clip is not None:
+            _check.number("dual_clip", self.dual_clip, above=1)
+        if isinstance(self.prefix_clip, str):
+            _check.one_of("prefix_clip", self.prefix_clip, ("same", "none"))
+        else:
+            object.__setattr__(self, "prefix_clip", _pair("prefix_clip", self.prefix_clip))
+        _check.one_of("importance_level", self.importance_level, ("token", "sequence"))
+        if self.importance_cap is not None:
+            _check.number("importance_cap", self.importance_cap, above=0)
+        _check.number("entropy_coef", self.entropy_coef)
+        _check.one_of("kl", self.kl, ("none", "k1", "k2", "k3"))
+        _check.number("kl_coef", self.kl_coef)
+
+    @property
+    def uses_kl(self) -> bool:
+        return self.kl != "none" and self.kl_coef != 0
+
+    @property
+    def depends_on_row_alone(self) -> bool:
+        """Whether the derivatives of a row need nothing from the forward of other rows."""
+        return self.importance_level == "token"
+
+    @property
+    def vanishes_without_advantage(self) -> bool:
+        """Whether a token whose advantage is 0 has no gradient."""
+        return self.importance_level == "token" and not self.entropy_coef and not self.uses_kl
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f'{name} must be "same", "none" or (low, high), got {value!r}')
+    for number in value:
+        _check.number(name, number, least=0)
+    return tuple(value)
+
+
+DEFAULT_CONFIG = PolicyConfig()
