@@ -101,13 +101,13 @@ class TestbedConfig:
     num_train: int = 4096
     min_steps: int = 3  # of a problem
     max_steps: int = 8
-    max_operand: int = 9
+    max_operand: int = 6
     max_value: int = 20  # no number in a problem, given or intermediate, is larger
     # What the base is taught, as shares of its texts:
     asked_share: float = 0.6  # the prompt asks for the steps, and they are shown
-    easy_steps: int = 4  # problems of up to that many steps count as easy
+    easy_steps: int = 3  # problems of up to that many steps count as easy
     easy_worked_share: float = 0.95  # of the easy ones, where the prompt does not ask
-    hard_worked_share: float = 0.01  # of the others; the rest are guessed at once
+    hard_worked_share: float = 0.02  # of the others; the rest are guessed at once
 
     def __post_init__(self) -> None:
         _at_least(1, self, "num_train", "max_operand")
@@ -144,13 +144,14 @@ class BaseConfig:
     lr: float = 3e-3
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "vocab_size", "hidden_size", "num_layers", "num_heads")
-        _at_least(1, self, "intermediate_size", "max_length", "num_batches", "batch_size")
+        _at_least(261, self, "vocab_size")
+        _at_least(1, self, "hidden_size", "num_layers", "num_heads", "intermediate_size")
+        _at_least(1, self, "max_length", "num_batches", "batch_size")
         _above(0, self, "lr")
         _require(
-            self.hidden_size % self.num_heads == 0,
+            self.hidden_size % (2 * self.num_heads) == 0,
             "base.num_heads",
-            "a divisor of base.hidden_size",
+            f"a divisor of half of base.hidden_size ({self.hidden_size})",
             self.num_heads,
         )
         _require(

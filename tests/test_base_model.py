@@ -1,5 +1,6 @@
 """The base model: tokenizer, training, cache, and which texts it is made from."""
 
+import errno
 import json
 import random
 from dataclasses import replace
@@ -132,6 +133,35 @@ def test_an_interrupted_build_leaves_nothing(tiny, tokenizer, monkeypatch, tmp_p
     assert not list(tmp_path.glob("bases/*")) and not list(tmp_path.glob("bases/.*"))
     monkeypatch.undo()
     AutoModelForCausalLM.from_pretrained(build_base(tiny, tokenizer, CORPUS, 0))
+
+
+def test_two_builds_at_once_end_with_one_base(tiny, tokenizer, monkeypatch):
+    train = base_model._train
+
+    def overtaken(*args):
+        monkeypatch.setattr(base_model, "_train", train)
+        build_base(tiny, tokenizer, CORPUS, 0)
+        train(*args)
+
+    monkeypatch.setattr(base_model, "_train", overtaken)
+    folder = build_base(tiny, tokenizer, CORPUS, 0)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_base_that_cannot_be_saved_is_an_error(tiny, tokenizer, monkeypatch, tmp_path):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(base_model.Qwen2ForCausalLM, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        build_base(tiny, tokenizer, CORPUS, 0)
+    assert list((tmp_path / "bases").iterdir()) == []
+
+
+def test_a_vocabulary_too_small_for_bytes_is_refused():
+    with pytest.raises(ConfigError, match=r"base.vocab_size: expected at least 261, got 260"):
+        replace(TINY, vocab_size=260)
 
 
 def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_padding(tiny, tokenizer):
