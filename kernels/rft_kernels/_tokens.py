@@ -1,5 +1,6 @@
 """What a token brings to its loss beside log_prob and entropy: checked, flattened, cut by rows."""
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,14 @@ from torch import Tensor
 
 from . import _check
 from .policy_config import PolicyConfig
+
+_HAS_TRITON = find_spec("triton") is not None
+_interpret = False  # for tests: serve tensors on a CPU too, by Triton's interpreter
+
+
+def uses_triton(like: Tensor) -> bool:
+    """Whether the O(T) ops on such a tensor are Triton kernels, which know 32 bits at most."""
+    return _HAS_TRITON and (like.is_cuda or _interpret) and like.dtype != torch.float64
 
 
 class Tokens(NamedTuple):
@@ -53,6 +62,7 @@ def check_tokens(
     for name, value in given.items():
         if value is not None:
             _check.tensor(name, value, shape=shape, like=like)
+    _check.tensor("advantages", advantages, like=like)
     if config.importance_cap is not None and rollout_log_probs is None:
         raise ValueError("rollout_log_probs must be given, as config.importance_cap is set")
     if config.uses_kl and ref_log_probs is None:
@@ -61,14 +71,14 @@ def check_tokens(
     if cu_seqlens is not None:
         _check.cu_seqlens(cu_seqlens, num_tokens, like)
     elif len(shape) > 1:
-        rows, length = shape[:-1].numel(), shape[-1]
-        cu_seqlens = torch.arange(rows + 1, device=like.device) * length
+        if config.importance_level == "sequence" or advantages.shape != shape:
+            rows, length = shape[:-1].numel(), shape[-1]
+            cu_seqlens = torch.arange(rows + 1, device=like.device) * length
     elif config.importance_level == "sequence":
         raise ValueError(
             "cu_seqlens must be given, or tokens as [B, L], for a ratio of the sequence"
         )
 
-    _check.tensor("advantages", advantages, like=like)
     if advantages.shape != shape:
         num_sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
         if cu_seqlens is None or advantages.numel() != num_sequences:

@@ -113,8 +113,7 @@ SELECTION = {
     "fraction must be a Fraction or number, got list": (TypeError, {"fraction": [1]}),
     "too large a denominator for 4 tokens": (ValueError, {"fraction": "0." + "1" * 20}),
     "order must be one of high, low, random, got 'top'": (ValueError, {"order": "top"}),
-    "seed must be given for order 'random' alone, got None": (ValueError, {"order": "random"}),
-    "seed must be given for order 'random' alone, got 3": (ValueError, {"seed": 3}),
+    "seed must be an integer, got NoneType": (TypeError, {"order": "random"}),
     "seed must be at least 0, got -1": (ValueError, {"order": "random", "seed": -1}),
     "cu_seqlens must rise from 0 to the number of tokens 4, got [0, 3]": (
         ValueError, {"cu_seqlens": torch.tensor([0, 3])},
