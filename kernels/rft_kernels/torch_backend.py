@@ -1,10 +1,10 @@
 """Chunked torch: the two vocabulary-sized primitives, a few rows at a time (E1, E2).
 
 T rows, V classes. A block of rows is widened to the dtype of the statistics, so at most
-`scratch_bytes` of vocabulary-sized temporaries live at once (one row's worth at least), and on a
-CPU they stay in cache. Reads each row once per primitive; rows that are not `valid`, or whose two
-gradient scalars are zero, are not read on a CPU. On a device every row is read and the result of
-such rows is discarded, since leaving them out would need their number on the host.
+`scratch_bytes` of vocabulary-sized temporaries live at once (one row's worth at least). Reads each
+row once per primitive; rows that are not `valid`, or whose two gradient scalars are zero, are not
+read on a CPU. On a device every row is read and the result of such rows is discarded, since leaving
+them out would need their number on the host.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Enough rows to share among threads and few enough for a last-level cache; a device wants less
-# launches instead.
-_SCRATCH_BYTES = {"cpu": 2**24, "cuda": 2**28}
+# Less memory means more, smaller calls: on a CPU whose cores are shared each costs the threads a
+# wait for each other, on a device a launch.
+_SCRATCH_BYTES = {"cpu": 2**26, "cuda": 2**28}
 _COPIES = 4  # block-sized tensors alive at once: logits, slope, p, log p
 NUM_SAVED = 0  # numbers a row that row_grad wants back from row_stats
 _LOWEST_LOG_P = -1e4  # e^x is 0 long before, in float64 too, so that 0 * log 0 is 0
@@ -89,7 +89,7 @@ def row_grad(
         dz.scatter_add_(-1, index[rows, None], g_rows)
         if slope is not None:
             dz.mul_(slope)
-        if isinstance(rows, slice):
+        if out.device.type != "cpu":
             dz.masked_fill_(~active[rows, None], 0)
         out[rows] = dz.to(out.dtype)
     if out.device.type == "cpu":
