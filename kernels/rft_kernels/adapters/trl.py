@@ -1,0 +1,135 @@
+"""TRL's log-prob and entropy helpers, with the signatures of TRL 1.16, served by `token_stats`.
+
+One difference by intent: results are float32 whatever the logits (float64 for float64), as TRL's
+own kernels give on a GPU; its plain torch path rounds to the dtype of the logits. The GRPO trainer
+of 1.16 itself computes these inside its chunked lm_head and uses the mask alone of what is here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rft_kernels.token_stats import token_stats
+from rft_kernels.torch_backend import stats_dtype
+
+from ._patch import Patch, install
+
+
+def selective_log_softmax(
+    logits: Tensor,
+    index: Tensor,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> Tensor:
+    """Log-probabilities of chosen classes.
+
+        log_softmax(logits / temperature).gather(-1, index)
+
+    Args:
+        logits: [..., V].
+        index: [...], one class a row, or [..., K].
+        temperature: above 0.
+        row_mask: the shape of `index`; entries of 0 give 0.
+    Returns:
+        The shape of `index`, float32 (float64 for float64 logits), nats.
+    Raises:
+        TypeError, ValueError: as `token_stats`.
+    Differentiable in `logits`. K classes a row cost one reading more than one class.
+    """
+    if index.dim() < logits.dim():
+        keep = None if row_mask is None else row_mask != 0
+        return token_stats(logits, index, temperature=temperature, row_mask=keep).log_probs
+    # Measured from the likeliest class, whose log-prob is finite and whose logit is near the
+    # others' that matter: adding lse itself would round where logits are large.
+    best = logits.detach().argmax(-1)
+    log_probs = token_stats(logits, best, temperature=temperature).log_probs
+    picked = logits.gather(-1, torch.cat([best[..., None], index], -1)).to(
+        stats_dtype(logits.dtype)
+    )
+    log_probs = (picked[..., 1:] - picked[..., :1]) / temperature + log_probs[..., None]
+    return log_probs if row_mask is None else torch.where(row_mask != 0, log_probs, 0)
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    """Entropy of softmax(logits), [...], nats; differentiable. `chunk_size` is not needed here."""
+    index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return token_stats(logits, index).entropy
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of one class a row, and entropy of the row, from one reading.
+
+    Args:
+        logits: [..., V].
+        index: [...].
+        entropy_requires_grad: whether the entropy is differentiable as well.
+        temperature: above 0.
+        row_mask: [...]; rows of 0 are not read and give 0.
+    Returns:
+        (log_probs, entropy), [...] each, float32 (float64 for float64 logits), nats.
+    Raises:
+        TypeError, ValueError: as `token_stats`.
+    """
+    keep = None if row_mask is None else row_mask != 0
+    log_probs, entropy = token_stats(logits, index, temperature=temperature, row_mask=keep)
+    return log_probs, entropy if entropy_requires_grad else entropy.detach()
+
+
+def get_high_entropy_mask(
+    entropies: Tensor, mask: Tensor, threshold: float, *, accelerator: Any = None
+) -> Tensor:
+    """Tokens whose entropy is at least the `threshold` quantile: TRL's rule, to the bit.
+
+    The quantile is the interpolated one of `torch.quantile` over the tokens of `mask`, so that
+    all tokens equal to it are kept and their number is not exact: `select_top_entropy` is the op
+    for an exact share. Here too no value is read on the host, which TRL's own must do.
+
+    Args:
+        entropies: [B, L] float, nats.
+        mask: [B, L], 0 or False for padding.
+        threshold: 0 to 1; TRL passes 1 - top_entropy_quantile.
+        accelerator: of the trainer; the quantile is then over all its processes.
+    Returns:
+        [B, L] bool. All False without tokens. (A NaN entropy is left out; in TRL it empties the
+        mask.)
+    Raises:
+        RuntimeError: from `torch.quantile`, past its largest input.
+    """
+    mask = mask.bool()
+    values = torch.where(mask, entropies.float(), torch.nan)
+    pool = values.flatten()
+    if accelerator is not None:
+        padded = accelerator.pad_across_processes(pool, dim=0, pad_index=torch.nan)
+        pool = accelerator.gather(padded)
+    if not pool.numel():
+        return mask
+    return values >= torch.nanquantile(pool, threshold)
+
+
+def _get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
+    return get_high_entropy_mask(entropies, mask, threshold, accelerator=self.accelerator)
+
+
+def patch() -> Patch:
+    """Serves TRL's trainers from here, until the handle it returns is undone.
+
+    Raises:
+        ImportError: TRL, or a name expected in it, is missing.
+    """
+    utils = "trl.trainer.utils"
+    return install(
+        "trl",
+        {
+            f"{utils}:selective_log_softmax": selective_log_softmax,
+            f"{utils}:entropy_from_logits": entropy_from_logits,
+            f"{utils}:selective_log_softmax_and_entropy": selective_log_softmax_and_entropy,
+            "trl.trainer.grpo_trainer:GRPOTrainer.get_high_entropy_mask": _get_high_entropy_mask,
+        },
+    )
