@@ -1,10 +1,15 @@
 """Shared fixtures: a tiny random model and a tokenizer of one token a character."""
 
+import os
 import string
 from collections.abc import Callable
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # heeded only before triton, and so transformers, is there
+
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoConfig,

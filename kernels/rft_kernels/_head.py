@@ -197,5 +197,5 @@ def check_head(
         None if softcap is None else float(softcap),
         vocab_size,
         workspace_bytes,
-        _backends.resolve(backend),
+        _backends.resolve(backend, hidden.device),
     ), valid.reshape(-1)

@@ -201,7 +201,7 @@ def token_stats(
         1.0 if per_row else float(temperature),
         vocab_size,
         inplace_backward,
-        _backends.resolve(backend),
+        _backends.resolve(backend, logits.device),
     )
     return TokenStats(log_probs.view(shape), entropy.view(shape))
 

@@ -65,9 +65,6 @@ STATS = {
     "backend must be one of auto, torch, triton, got 'cuda'": (
         (ValueError,), LOGITS, TARGETS, {"backend": "cuda"},
     ),
-    "backend 'triton' is not available yet": (
-        (NotImplementedError,), LOGITS, TARGETS, {"backend": "triton"},
-    ),
     "inplace_backward needs logits that do not repeat memory": (
         (ValueError,), LOGITS[:1].expand(T, V), TARGETS, {"inplace_backward": True},
     ),
@@ -233,7 +230,6 @@ LOSSES = {
         ValueError, {"active_rows": torch.zeros(1, 1, dtype=torch.long)},
     ),
     "fraction must be between 0 and 1, got 2": (ValueError, {"fraction": 2}),
-    "backend 'triton' is not available yet": (NotImplementedError, {"backend": "triton"}),
 }  # fmt: skip
 
 

@@ -1,0 +1,37 @@
+"""How the Triton kernels of a row are launched: by width of the row, dtype and architecture.
+
+The same row is always launched the same way, whatever its neighbours, so its bits never depend on
+the batch. Nothing is tuned while a program runs: entries come from benchmarks and are committed.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowLaunch(NamedTuple):
+    """One program serves one row, `depth * lanes` classes at a time."""
+
+    lanes: int  # running statistics side by side; 16 bytes of neighbouring logits a thread
+    depth: int  # classes a lane takes before its maximum is looked at again
+    num_warps: int
+    num_stages: int  # tiles on their way from memory
+
+
+_WIDEST = 2**63
+# Keys: major compute capability, bytes of a logit. Values: up to so many classes, launched so.
+# Unmeasured: chosen by the arithmetic of README.md, "Bytes and flops".
+_HOPPER_AND_OTHERS = {
+    2: ((4096, RowLaunch(1024, 1, 4, 1)), (_WIDEST, RowLaunch(2048, 4, 8, 3))),
+    4: ((4096, RowLaunch(512, 2, 4, 1)), (_WIDEST, RowLaunch(1024, 4, 8, 3))),
+    8: ((_WIDEST, RowLaunch(512, 2, 8, 1)),),
+}
+_TABLES = {9: _HOPPER_AND_OTHERS}
+
+
+def row_launch(logits: Tensor) -> RowLaunch:
+    """The launch of rows of these logits [T, V]."""
+    major = torch.cuda.get_device_capability(logits.device)[0] if logits.is_cuda else None
+    table = _TABLES.get(major, _HOPPER_AND_OTHERS)[logits.element_size()]
+    return next(launch for widest, launch in table if logits.shape[1] <= widest)
