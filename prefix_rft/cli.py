@@ -99,7 +99,7 @@ class Report:
     """The folder of a run."""
 
     def run(self) -> int:
-        from prefix_rft.report import write_report
+        from prefix_rft.view.report import write_report
 
         print(f"wrote {write_report(self.run_dir)}")
         return 0
@@ -114,7 +114,7 @@ class Doctor:
     overrides: Overrides
 
     def run(self) -> int:
-        from prefix_rft.doctor import print_diagnosis
+        from prefix_rft.view.doctor import print_diagnosis
 
         print_diagnosis(self.overrides, with_memory=self.config is not None)
         return 0
@@ -171,7 +171,7 @@ def _print_results(summary: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from prefix_rft.summary import COLUMNS, result_rows
+    from prefix_rft.view.summary import COLUMNS, result_rows
 
     table = Table()
     for column in COLUMNS:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from prefix_rft.config import LogConfig, UserError
-from prefix_rft.progress import Kind, make_display
+from prefix_rft.view.progress import Kind, make_display
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"

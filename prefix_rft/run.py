@@ -26,10 +26,10 @@ from prefix_rft.model import (
     load_tokenizer,
     resolve_autocast_dtype,
 )
-from prefix_rft.report import write_report
 from prefix_rft.reward import Rewarder, RewardError
 from prefix_rft.rollout.transformers_engine import TransformersEngine
 from prefix_rft.trainer import Trainer
+from prefix_rft.view.report import write_report
 
 CONFIG_FILE = "config.toml"
 MODEL_FOLDER = "model"

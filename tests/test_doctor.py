@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from prefix_rft import cli, doctor
+from prefix_rft import cli
 from prefix_rft.config import Config, ConfigError, ModelConfig
-from prefix_rft.memory import Shapes, memory_terms, peak_bytes, shapes_of
+from prefix_rft.view import doctor
+from prefix_rft.view.memory import Shapes, memory_terms, peak_bytes, shapes_of
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ import pytest
 
 from prefix_rft.config import LogConfig, UserError
 from prefix_rft.metrics import MetricsLogger, read_records
-from prefix_rft.progress import format_rate, format_seconds
+from prefix_rft.view.progress import format_rate, format_seconds
 
 QUIET = LogConfig(tensorboard=False, progress="plain")
 

@@ -8,8 +8,8 @@ import pytest
 
 from prefix_rft.config import Config, LogConfig, TrainerConfig, UserError, save_config
 from prefix_rft.metrics import MetricsLogger
-from prefix_rft.report import MAX_GROUPS, MAX_TOKENS, write_report
-from prefix_rft.summary import result_rows
+from prefix_rft.view.report import MAX_GROUPS, MAX_TOKENS, write_report
+from prefix_rft.view.summary import result_rows
 
 NASTY = "<script>alert(1)</script>&\"'"
 SUMMARY = {

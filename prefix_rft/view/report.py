@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from prefix_rft.charts import CHARTS, accuracy_chart, chart_html
 from prefix_rft.config import UserError
 from prefix_rft.metrics import METRICS_FILE, ROLLOUTS_FILE, read_records
-from prefix_rft.progress import format_rate, format_seconds
-from prefix_rft.summary import COLUMNS, result_rows
+from prefix_rft.view.charts import CHARTS, accuracy_chart, chart_html
+from prefix_rft.view.progress import format_rate, format_seconds
+from prefix_rft.view.summary import COLUMNS, result_rows
 
 MAX_GROUPS = 6  # of rollouts on the page, spread over the run
 MAX_TOKENS = 1500  # of one rollout on the page

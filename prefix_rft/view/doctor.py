@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from prefix_rft.config import Config
-from prefix_rft.memory import memory_terms, peak_bytes, shapes_of
 from prefix_rft.model import resolve_autocast_dtype, resolve_device
+from prefix_rft.view.memory import memory_terms, peak_bytes, shapes_of
 
 MODULES = ("torch", "triton", "transformers", "datasets", "math_verify")
 # module -> (extra, what a run does with it)
