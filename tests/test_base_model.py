@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefix_rft import base_model
 from prefix_rft.base_model import build_base, render_prompt, resolve_base, train_tokenizer
@@ -95,6 +95,15 @@ def test_a_base_learns_its_completions_and_loads(tiny, tokenizer):
     prompt = loaded(CORPUS[7][0], return_tensors="pt", add_special_tokens=False)
     answer = model.generate(**prompt, do_sample=False, max_new_tokens=5)[0]
     assert loaded.decode(answer) == CORPUS[7][0] + "77<|end|>"
+
+
+def test_plain_auto_tokenizer_reads_the_same_ids(tiny, tokenizer):
+    folder = build_base(replace(tiny, num_batches=1), tokenizer, CORPUS, 0)
+    texts = ["Start with 12.\na +5\nb -13\nWhat is the result?", "it's $1,000.50 ... (x+y)^2"]
+    texts += [render_prompt(tokenizer, text) for text in texts]
+    assert (
+        AutoTokenizer.from_pretrained(folder)(texts)["input_ids"] == (tokenizer(texts)["input_ids"])
+    )
 
 
 def test_a_base_is_reused_until_something_that_makes_it_changes(tiny, tokenizer, monkeypatch):
