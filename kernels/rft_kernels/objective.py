@@ -4,6 +4,7 @@ T tokens, B sequences. All loss mathematics of the package is here, once; the vo
 sees two numbers a row.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,18 +12,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _check
-from ._tokens import Tokens, check_scale, check_tokens, sequence_of_token
+from ._tokens import Tokens, check_scale, check_tokens, sequence_of_token, uses_triton
 from .policy_config import DEFAULT_CONFIG, PolicyConfig
 
+SUMS = (
+    "loss", "num_tokens", "num_prefix", "num_selected", "num_dropped", "clipped_low",
+    "clipped_high", "clipped_dual", "ratio_sum", "ratio_max", "approx_kl_sum", "entropy_sum",
+    "kl_sum",
+)  # fmt: skip
 LOG_RATIO_BOUND = 20.0  # e^20 = 5e8: finite in every dtype's sums; beyond it a ratio has no slope
 
 
 class Evaluation(NamedTuple):
-    """`[T]`, 0 outside the loss; derivatives of the sum of `loss`."""
+    """The sum over tokens, and its derivatives, 0 outside the loss."""
 
-    loss: Tensor
-    dlog_probs: Tensor
-    dentropy: Tensor | None  # None: the loss does not see the entropy
+    loss: Tensor  # 0-dim
+    dlog_probs: Tensor  # [T]
+    dentropy: Tensor | None  # [T]; None: the loss does not see the entropy
     metrics: dict[str, Tensor]  # 0-dim
 
 
@@ -33,7 +39,9 @@ def evaluate(
     config: PolicyConfig,
     cu_seqlens: Tensor | None = None,  # [B + 1], where the ratio is of the sequence
 ) -> Evaluation:
-    """Loss, derivatives and metrics of every token."""
+    """Loss, derivatives and metrics; in two launches of Triton where that serves the device."""
+    if uses_triton(log_probs):
+        return _evaluate_on_device(log_probs, entropy, tokens, config, cu_seqlens)
     old, rollout = tokens.old_log_probs, tokens.rollout_log_probs
     prefix = (
         torch.zeros_like(tokens.loss_mask) if tokens.prefix_mask is None else tokens.prefix_mask
@@ -53,7 +61,8 @@ def evaluate(
     log_ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = log_ratio.exp()
 
-    low, high = _clip_range(prefix, config, like=ratio)
+    low, high, prefix_low, prefix_high = (torch.full_like(lp, x) for x in _ratio_bounds(config))
+    low, high = torch.where(prefix, prefix_low, low), torch.where(prefix, prefix_high, high)
     policy = -advantages * ratio
     bounded = -advantages * ratio.clamp(low, high)
     clipped = bounded > policy
@@ -97,16 +106,79 @@ def evaluate(
         metrics["kl_sum"] = kl.sum()
         loss, slope = loss + config.kl_coef * kl, slope + config.kl_coef * inside(dkl)
     metrics = {name: value.to(lp.dtype) for name, value in metrics.items()}
-    return Evaluation(loss, slope, dentropy, metrics)
+    return Evaluation(loss.sum(), slope, dentropy, metrics)
 
 
-def _clip_range(prefix: Tensor, config: PolicyConfig, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Lowest and highest ratio, `[T]`: prefix tokens may have their own."""
-    low, high = (torch.full_like(like, x) for x in (1 - config.clip_low, 1 + config.clip_high))
-    if config.prefix_clip == "same":
-        return low, high
-    below, above = (torch.inf,) * 2 if config.prefix_clip == "none" else config.prefix_clip
-    return torch.where(prefix, 1 - below, low), torch.where(prefix, 1 + above, high)
+@torch.library.custom_op("rft_kernels::policy_objective", mutates_args=())
+def _objective(
+    log_probs: Tensor,  # [T]
+    entropy: Tensor | None,  # [T]
+    advantages: Tensor,  # [T]
+    loss_mask: Tensor,  # [T]
+    old_log_probs: Tensor | None,  # [T]
+    prefix_mask: Tensor | None,  # [T]
+    rollout_log_probs: Tensor | None,  # [T]
+    ref_log_probs: Tensor | None,  # [T]
+    cu_seqlens: Tensor | None,  # [B + 1]; given: one ratio a sequence
+    clip_range: Sequence[float],
+    dual_clip: float | None,
+    importance_cap: float | None,
+    entropy_coef: float,
+    kl: str,
+    kl_coef: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """SUMS, and the derivatives of the loss by `log_probs` and (empty without a bonus) entropy."""
+    from .objective_triton import objective_fwd
+
+    return objective_fwd(
+        log_probs, entropy, advantages, loss_mask, old_log_probs, prefix_mask, rollout_log_probs,
+        ref_log_probs, cu_seqlens, clip_range, dual_clip, importance_cap, entropy_coef, kl, kl_coef,
+    )  # fmt: skip
+
+
+@_objective.register_fake
+def _(log_probs, *arguments):
+    sums = log_probs.new_empty(len(SUMS), dtype=torch.float32)
+    dlog_probs = torch.empty_like(log_probs, memory_format=torch.contiguous_format)
+    return sums, dlog_probs, log_probs.new_empty(len(log_probs) if arguments[-3] else 0)
+
+
+def _evaluate_on_device(
+    log_probs: Tensor,  # [T]
+    entropy: Tensor | None,  # [T]
+    tokens: Tokens,
+    config: PolicyConfig,
+    cu_seqlens: Tensor | None,  # [B + 1]
+) -> Evaluation:
+    entropy_coef = 0.0 if entropy is None else config.entropy_coef
+    sums, dlog_probs, dentropy = _objective(
+        log_probs,
+        entropy,
+        *tokens,
+        cu_seqlens if config.importance_level == "sequence" else None,
+        _ratio_bounds(config),
+        config.dual_clip,
+        config.importance_cap,
+        entropy_coef,
+        config.kl if config.uses_kl else "none",
+        config.kl_coef,
+    )
+    metrics = dict(zip(SUMS, sums.to(log_probs.dtype).unbind(), strict=True))
+    loss = metrics.pop("loss")
+    if entropy is None:
+        del metrics["entropy_sum"]
+    if not config.uses_kl:
+        del metrics["kl_sum"]
+    return Evaluation(loss, dlog_probs, dentropy if entropy_coef else None, metrics)
+
+
+def _ratio_bounds(config: PolicyConfig) -> list[float]:
+    """Lowest and highest ratio of ordinary tokens, then of prefix tokens."""
+    own = config.clip_low, config.clip_high
+    other = {"same": own, "none": (torch.inf, torch.inf)}.get(
+        config.prefix_clip, config.prefix_clip
+    )
+    return [bound for low, high in (own, other) for bound in (1 - low, 1 + high)]
 
 
 def _kl(d: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
@@ -129,13 +201,16 @@ def _sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 class _KnownGradient(torch.autograd.Function):
-    """`loss` as a function of `inputs`, whose gradients `dinputs` are already there."""
+    """`loss` over `normalizer` as a function of `inputs`; `dinputs` of `loss` are already there."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, num_inputs: int, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx, loss: Tensor, normalizer: float | Tensor, num_inputs: int, *tensors: Tensor
+    ) -> Tensor:
+        ctx.normalizer = normalizer
         ctx.dtypes = [x.dtype for x in tensors[:num_inputs]]
         ctx.save_for_backward(*tensors[num_inputs:])
-        return loss.clone()
+        return (loss / normalizer).to(loss.dtype)
 
     @staticmethod
     @once_differentiable
@@ -144,14 +219,20 @@ class _KnownGradient(torch.autograd.Function):
         keep = (
             torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
         )
-        scaled = [x * dloss if keep else x.mul_(dloss) for x in ctx.saved_tensors]
+        scale = (dloss / ctx.normalizer).to(dloss.dtype)
+        scaled = [x * scale if keep else x.mul_(scale) for x in ctx.saved_tensors]
         grads = [x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)]
-        return None, None, *grads, *[None] * len(grads)
+        return None, None, None, *grads, *[None] * len(grads)
 
 
-def attach_gradient(loss: Tensor, inputs: list[Tensor], dinputs: list[Tensor]) -> Tensor:
-    """`loss` (0-dim), differentiable in `inputs`; `dinputs` may be overwritten by the backward."""
-    return _KnownGradient.apply(loss, len(inputs), *inputs, *dinputs)
+def attach_gradient(
+    loss: Tensor, normalizer: float | Tensor, inputs: list[Tensor], dinputs: list[Tensor]
+) -> Tensor:
+    """`loss` (0-dim) over `normalizer`, differentiable in `inputs`.
+
+    `dinputs`, the derivatives of `loss`, may be overwritten by the backward.
+    """
+    return _KnownGradient.apply(loss, normalizer, len(inputs), *inputs, *dinputs)
 
 
 def policy_objective(
@@ -235,6 +316,5 @@ def reduce_loss(
     if gradient is None:
         derivatives = [x for x in (result.dlog_probs, result.dentropy) if x is not None]
         gradient = inputs[: len(derivatives)], derivatives
-    loss = attach_gradient(result.loss.sum(), *gradient)
     normalizer = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
-    return loss / normalizer, result.metrics
+    return attach_gradient(result.loss, normalizer, *gradient), result.metrics
