@@ -20,18 +20,17 @@ class RowLaunch(NamedTuple):
 
 
 _WIDEST = 2**63
-# Keys: major compute capability, bytes of a logit. Values: up to so many classes, launched so.
-# Unmeasured: chosen by the arithmetic of README.md, "Bytes and flops".
-_HOPPER_AND_OTHERS = {
-    2: ((4096, RowLaunch(1024, 1, 4, 1)), (_WIDEST, RowLaunch(2048, 4, 8, 3))),
-    4: ((4096, RowLaunch(512, 2, 4, 1)), (_WIDEST, RowLaunch(1024, 4, 8, 3))),
-    8: ((_WIDEST, RowLaunch(512, 2, 8, 1)),),
+# By bytes of a logit: up to so many classes, launched so. Unmeasured; see "Launch" in README.md.
+_HOPPER = {
+    2: ((4096, RowLaunch(1024, 1, 4, 1)), (_WIDEST, RowLaunch(1024, 8, 4, 2))),
+    4: ((4096, RowLaunch(512, 2, 4, 1)), (_WIDEST, RowLaunch(512, 8, 4, 2))),
+    8: ((_WIDEST, RowLaunch(256, 2, 4, 1)),),
 }
-_TABLES = {9: _HOPPER_AND_OTHERS}
+TABLES = {9: _HOPPER}  # by major compute capability; the others are served as the 9th is
 
 
 def row_launch(logits: Tensor) -> RowLaunch:
     """The launch of rows of these logits [T, V]."""
-    major = torch.cuda.get_device_capability(logits.device)[0] if logits.is_cuda else None
-    table = _TABLES.get(major, _HOPPER_AND_OTHERS)[logits.element_size()]
+    major = torch.cuda.get_device_capability(logits.device)[0] if logits.is_cuda else 9
+    table = TABLES.get(major, TABLES[9])[logits.element_size()]
     return next(launch for widest, launch in table if logits.shape[1] <= widest)

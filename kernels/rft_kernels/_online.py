@@ -1,9 +1,8 @@
 """Device functions of a row read once: running maximum, sum and weighted sum; softcap (E1, E11).
 
-Every lane keeps its own three numbers and takes a column of a tile at a time, so the loop holds one
-exponential a logit, one more a lane and tile, and nothing that crosses threads. With e = 2^scale,
-scale = log2(e) / temperature, exponents are differences times scale, so that a large common part of
-the logits cancels before it can round.
+Every lane keeps three numbers of its own and takes DEPTH logits of a tile at a time, so the loop
+has 1 + 1 / DEPTH exponentials a logit and nothing that crosses threads. Exponents are differences
+times scale = log2(e) / temperature: a large common part of the logits cancels before it can round.
 """
 
 import triton
@@ -61,10 +60,11 @@ def join_lanes(m, s, w, scale):
 @triton.jit
 def soft_cap(x, CAP: tl.constexpr):
     """CAP tanh(x / CAP) and its slope by x."""
-    u = tl.abs(x / CAP)
-    # Near 0 Lambert's continued fraction, within 2e-13; the exponential would cancel there.
-    v = u * u
-    near = u * (10395 + v * (1260 + v * 21)) / (10395 + v * (4725 + v * (210 + v)))
-    far = 1 - 2 / (tl.exp2(u * (2 * LOG2_E)) + 1)
-    tanh = tl.where(u < 0.5, near, far)
+    # tanh of more than 20 is 1, in float64 too.
+    u = tl.minimum(tl.abs(x) * (1 / CAP), 20.0, propagate_nan=tl.PropagateNan.ALL)
+    # Below 1/2, where the exponential would cancel, Lambert's continued fraction, within 2e-13.
+    v, e, small = u * u, tl.exp2(u * (2 * LOG2_E)), u < 0.5
+    above = tl.where(small, u * (10395 + v * (1260 + v * 21)), e - 1)
+    below = tl.where(small, 10395 + v * (4725 + v * (210 + v)), e + 1)
+    tanh = above / below
     return tl.where(x < 0, -CAP, CAP) * tanh, 1 - tanh * tanh

@@ -108,7 +108,7 @@ def test_shapes(num_rows, num_classes, small_tiles):
 @pytest.mark.parametrize("beside", [-1, 0, 1])
 @pytest.mark.parametrize("entry", [0, 1])
 def test_committed_launches(entry, beside, dtype, monkeypatch):
-    _, launch = _launch._HOPPER_AND_OTHERS[dtype.itemsize][entry]
+    _, launch = _launch.TABLES[9][dtype.itemsize][entry]
     monkeypatch.setattr(triton_backend, "row_launch", lambda logits: launch)
     num_classes = launch.lanes * launch.depth + beside
     logits = logits_case("normal", 3, num_classes).to(dtype) * 3
@@ -119,11 +119,10 @@ def test_launch_table_serves_every_row():
     for num_classes, dtype in ((1, torch.float16), (10**6, torch.float64)):
         logits = torch.empty(1, num_classes, dtype=dtype, device=DEVICE)
         assert isinstance(_launch.row_launch(logits), _launch.RowLaunch)
-    for table in _launch._HOPPER_AND_OTHERS.values():
-        widths = [widest for widest, _ in table]
-        assert widths == sorted(widths) and widths[-1] > 2**40
-        for _, launch in table:
-            assert all(n & (n - 1) == 0 for n in (launch.lanes, launch.depth, launch.num_warps))
+    for table in _launch.TABLES.values():
+        for entries in table.values():
+            widths = [widest for widest, _ in entries]
+            assert widths == sorted(widths) and widths[-1] > 2**40
 
 
 def test_entropy_has_no_sign(small_tiles):
@@ -143,15 +142,19 @@ def test_target_of_probability_zero(small_tiles):
     assert gradient.isfinite().all() and (gradient[:, 0] == 1).all()
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("column", [0, TILE, 66])
-def test_what_is_not_a_number_is_not_hidden(column, bad, small_tiles):
+def test_what_is_not_a_number_is_not_hidden(column, softcap, small_tiles):
     logits = logits_case("normal").float()
-    logits[3, column] = bad
-    targets = arange(13)
-    found, same = (token_stats(logits, targets, backend=backend) for backend in ("triton", "torch"))
-    for x, y in zip(found, same, strict=True):
-        assert torch.equal(x.isnan(), y.isnan()) and x[3].isnan() and x.isnan().sum() == 1
+    logits[3, column] = torch.nan
+    logits[4, column] = torch.inf
+    valid = torch.ones(13, dtype=torch.bool, device=DEVICE)
+    found, same = (
+        backend.row_stats(logits, arange(13), valid, 1.0, softcap, 2**20)
+        for backend in (triton_backend, torch_backend)
+    )
+    for x, y in zip(found[:2], same[:2], strict=True):
+        assert torch.equal(x.isnan(), y.isnan()) and x[3].isnan()
 
 
 def test_row_without_any_class_has_no_statistics(small_tiles):
