@@ -1,5 +1,7 @@
 """select_top_entropy: exact counts, ties, pools, orders, ranks."""
 
+import contextlib
+import os
 from fractions import Fraction
 
 import pytest
@@ -9,7 +11,7 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import seeded
-from rft_kernels import reference, select_top_entropy
+from rft_kernels import _tokens, reference, select_top_entropy
 
 FRACTIONS = st.fractions(0, 1, max_denominator=1000) | st.sampled_from([0.2, 0.1, 0.29, 1.0, 0])
 LEVELS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0, torch.nan, torch.inf])  # few values: many ties
@@ -49,6 +51,23 @@ def test_counts_are_exact_where_a_float_product_is_not():
     for share in range(0, 1001, 7):
         for fraction in (Fraction(share, 1000), share / 1000, str(share / 1000)):
             assert select_top_entropy(torch.rand(1000), mask, fraction=fraction).sum() == share
+
+
+def test_a_seed_is_of_no_effect_but_on_a_random_order():
+    entropy, mask = torch.rand(9, generator=seeded(3)), torch.ones(9, dtype=torch.bool)
+    for order in ("high", "low"):
+        kept = select_top_entropy(entropy, mask, order=order, seed=5)
+        assert torch.equal(kept, select_top_entropy(entropy, mask, order=order))
+
+
+@pytest.mark.parametrize("order", ["high", "low"])
+def test_infinities_rank_before_nan_and_zeros_are_equal(order):
+    worst = -torch.inf if order == "high" else torch.inf
+    entropy = torch.tensor([torch.nan, worst, -0.0, 0.0])
+    mask = torch.ones(4, dtype=torch.bool)
+    for num, kept in ((1, [False, False, True, False]), (3, [False, True, True, True])):
+        found = select_top_entropy(entropy, mask, fraction=num / 4, order=order)
+        assert found.tolist() == kept
 
 
 @pytest.mark.parametrize("order", ["high", "low"])
@@ -91,27 +110,44 @@ def test_entropy_gets_no_gradient():
     assert not kept.requires_grad
 
 
-def select_on_ranks(rank: int, store: str, sizes: list[int], entropy, candidates, results):
+class NothingRead(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where the host waits for an element of a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def select_on_ranks(rank: int, store: str, sizes: list[int], cases, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=len(sizes))
-    own = [x.split(sizes)[rank] for x in (entropy, candidates)]
-    for order in ("high", "low", "random"):
-        seed = 3 if order == "random" else None
-        kept = select_top_entropy(*own, order=order, seed=seed, process_group=dist.group.WORLD)
-        results[order, rank] = kept
+    for name, (entropy, candidates, options, interpret) in cases.items():
+        _tokens._interpret = interpret
+        own = [x.split(sizes)[rank] for x in (entropy, candidates)]
+        with contextlib.nullcontext() if interpret else NothingRead():
+            results[name, rank] = select_top_entropy(
+                *own, process_group=dist.group.WORLD, **options
+            )
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("sizes", [[13, 29], [0, 42]], ids=str)
+@pytest.mark.parametrize("sizes", [[13, 29], [0, 42], [42, 0]], ids=str)
 def test_two_ranks_are_one_pool(sizes, tmp_path):
-    entropy = torch.randint(0, 6, (42,), generator=seeded(1)).float()
+    levels = torch.randint(-2, 6, (42,), generator=seeded(1)) / 3
+    levels[::9] = torch.nan
     candidates = torch.rand(42, generator=seeded(2)) > 0.4
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _tokens._HAS_TRITON
+    cases = {}
+    for order in ("high", "low", "random"):
+        for fraction in ("1/5", "2/3", "1"):
+            options = {"order": order, "seed": 2**33 + 3, "fraction": Fraction(fraction)}
+            for dtype in (torch.float32, torch.float64):
+                cases[order, fraction, dtype] = (levels.to(dtype), candidates, options, False)
+            if interpreted and fraction == "2/3":
+                cases[order, "Triton"] = (levels, candidates, options, True)
     with mp.Manager() as manager:
         results = manager.dict()
-        arguments = (str(tmp_path / "store"), sizes, entropy, candidates, results)
-        mp.spawn(select_on_ranks, arguments, nprocs=2)
-        for order in ("high", "low", "random"):
-            whole = select_top_entropy(
-                entropy, candidates, order=order, seed=3 if order == "random" else None
-            )
-            assert torch.equal(torch.cat([results[order, rank] for rank in (0, 1)]), whole)
+        mp.spawn(select_on_ranks, (str(tmp_path / "store"), sizes, cases, results), nprocs=2)
+        for name, (entropy, candidates, options, _) in cases.items():
+            whole = select_top_entropy(entropy, candidates, **options)
+            assert torch.equal(torch.cat([results[name, rank] for rank in (0, 1)]), whole), name

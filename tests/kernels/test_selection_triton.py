@@ -1,8 +1,4 @@
-"""The radix select of select_top_entropy in Triton's interpreter: the same bits as the sorts."""
-
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+"""select_top_entropy as a radix select in Triton: the same bits as the sorts."""
 
 from fractions import Fraction
 
@@ -11,11 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import seeded
+from launches import compiled
 from rft_kernels import _tokens, reference, select_top_entropy, selection
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="triton is not installed")
 from rft_kernels import selection_triton  # noqa: E402
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [  # numpy's, in the interpreter
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
 ORDERS = ("high", "low", "random")
 SEED = 2**63 + 2**31 + 7  # both words have their highest bit set
 LEVELS = st.sampled_from([-0.0, 0.0, 0.25, -1.5, 3.0, 1e-40, torch.nan, torch.inf, -torch.inf])
@@ -37,8 +39,8 @@ def sorted_select(entropy, candidates, fraction, cu_seqlens, order):
 
 
 def columns(tokens):
-    values = torch.tensor([value for value, _ in tokens])
-    return values, torch.tensor([candidate for _, candidate in tokens], dtype=torch.bool)
+    candidates = torch.tensor([candidate for _, candidate in tokens], dtype=torch.bool)
+    return torch.tensor([value for value, _ in tokens]).to(DEVICE), candidates.to(DEVICE)
 
 
 @settings(max_examples=12)
@@ -60,7 +62,7 @@ def test_pool_equals_the_sorts_and_the_specification(tokens, fraction, order):
 @given(st.lists(TOKENS, max_size=4), FRACTIONS, st.sampled_from(ORDERS))
 def test_sequences_equal_the_sorts(sequences, fraction, order):
     entropy, candidates = columns([token for tokens in sequences for token in tokens])
-    bounds = torch.tensor([0, *map(len, sequences)]).cumsum(0).int()
+    bounds = torch.tensor([0, *map(len, sequences)]).cumsum(0).int().to(DEVICE)
     options = {"fraction": fraction, "order": order, "seed": SEED}
     kept = select_top_entropy(entropy, candidates, cu_seqlens=bounds, **options)
     assert torch.equal(kept, sorted_select(entropy, candidates, fraction, bounds, order))
@@ -72,7 +74,8 @@ def test_many_programs_with_ties(order, tied):
     rand = seeded(1)
     entropy = torch.randn(150, generator=rand)
     entropy[torch.rand(150, generator=rand) < tied] = 0.7
-    candidates = torch.rand(150, generator=rand) > 0.3
+    candidates = (torch.rand(150, generator=rand) > 0.3).to(DEVICE)
+    entropy = entropy.to(DEVICE)
     for fraction in (0, Fraction(1, 3), 1):
         options = {"fraction": fraction, "order": order, "seed": SEED}
         kept = select_top_entropy(entropy, candidates, **options)
@@ -84,8 +87,8 @@ def test_many_programs_with_ties(order, tied):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_dtypes_and_strides(dtype):
-    entropy = torch.rand(200, 2, generator=seeded(2)).to(dtype)[:, 1]
-    candidates = torch.rand(200, 3, generator=seeded(3))[:, 0] > 0.4
+    entropy = torch.rand(200, 2, generator=seeded(2)).to(DEVICE, dtype)[:, 1]
+    candidates = torch.rand(200, 3, generator=seeded(3)).to(DEVICE)[:, 0] > 0.4
     kept = select_top_entropy(entropy, candidates)
     assert torch.equal(kept, sorted_select(entropy, candidates, "1/5", None, "high"))
     same = select_top_entropy(entropy[:1].expand(200), candidates)
@@ -93,14 +96,60 @@ def test_dtypes_and_strides(dtype):
 
 
 def test_compiles_into_one_graph():
-    entropy, mask = torch.rand(60), torch.rand(60) > 0.5
+    entropy, mask = torch.rand(60, device=DEVICE), torch.rand(60, device=DEVICE) > 0.5
     torch._dynamo.reset()
     select = torch.compile(select_top_entropy, backend="aot_eager", fullgraph=True)
     assert torch.equal(select(entropy, mask), select_top_entropy(entropy, mask))
 
 
 def test_the_op_is_registered_as_it_behaves():
-    entropy, mask, bounds = torch.rand(60), torch.rand(60) > 0.5, torch.tensor([0, 9, 60])
+    entropy, mask = torch.rand(60, device=DEVICE), torch.rand(60, device=DEVICE) > 0.5
+    bounds = torch.tensor([0, 9, 60], device=DEVICE)
     for cu_seqlens in (None, bounds):
         arguments = (entropy, mask, cu_seqlens, "1/5", "high", "0")
         torch.library.opcheck(selection._select_on_device, arguments)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: nothing to wait for, nothing to capture")
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_synchronisation_and_capture(order):
+    entropy = torch.rand(1000, device=DEVICE)
+    mask = torch.rand(1000, device=DEVICE) > 0.5
+    options = {"order": order, "seed": 3}
+    expected = select_top_entropy(entropy, mask, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        select_top_entropy(entropy, mask, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = select_top_entropy(entropy, mask, **options)
+    graph.replay()
+    assert torch.equal(kept, expected)
+    entropy.copy_(entropy.flip(0))
+    graph.replay()
+    assert torch.equal(kept, select_top_entropy(entropy, mask, **options))
+
+
+LAUNCHES = """
+import torch
+from fractions import Fraction
+from rft_kernels import selection_triton
+mask, bounds = torch.zeros(9) > 0, torch.tensor([0, 4, 9])
+class Ranks:
+    def add(self, counts): pass
+    def add_and_rank(self, counts): return counts
+for order in ("high", "random"):
+    x = torch.zeros(9)
+    selection_triton.select_pool(x, mask, Fraction(1, 5), order, 2**40 + 1)
+    selection_triton.select_pool(x.bfloat16(), mask, Fraction(1, 5), order, 3, Ranks())
+    for cu_seqlens in (None, bounds):
+        selection_triton.select_sequences(x, mask, Fraction(1, 5), cu_seqlens, order, 3)
+"""
+
+
+def test_compiles_for_hopper():
+    names = compiled(LAUNCHES)
+    assert names.count("_histogram_kernel") == 4 * names.count("_keep_kernel") == 16
+    assert names.count("_count_kernel") == 2 and names.count("_sequences_kernel") == 4
