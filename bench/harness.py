@@ -99,16 +99,24 @@ def _processor() -> str:
 
 def write_rows(rows: list[dict[str, Any]], path: Path | None) -> None:
     """Prints the rows as a table, and writes them as CSV."""
-    columns = list(rows[0])
-    cells = [[_text(row[column]) for column in columns] for row in rows]
+    columns, cells = _cells(rows)
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     for line in [columns, *cells]:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerows([columns, *cells])
+        write_csv(rows, path)
+
+
+def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    columns, cells = _cells(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *cells])
+
+
+def _cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    columns = list(rows[0])
+    return columns, [[_text(row[column]) for column in columns] for row in rows]
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,198 @@
+"""What the benchmarks from logits share: cold-cache times, the floor, errors, rivals, the gate.
+
+On CUDA a call is timed by events, after the L2 cache was overwritten, in turns with its rivals; on
+a CPU (smoke runs) by the clock.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.errors import TritonError
+
+from bench.harness import MIB, ROOT, interleaved_ms, machine, spread, write_csv, write_rows
+
+_FLUSH_BYTES = 2**28  # several times any L2
+_REPEATS = (5, 60)  # fewest and most rounds of a measurement
+
+Calls = dict[str, Callable[[], Any]]
+
+
+class Bench:
+    """One run of a benchmark: its options, its clock, its rows."""
+
+    def __init__(self, description: str, *, tests: list[str], smoke_test: str) -> None:
+        parser = argparse.ArgumentParser(description=description)
+        parser.add_argument("--smoke", action="store_true", help="tiny shapes, one repeat")
+        parser.add_argument("--out", type=Path, help="CSV file")
+        parser.add_argument("--threads", type=int, default=2)
+        parser.add_argument("--budget-s", type=float, default=180, help="time for all shapes")
+        parser.add_argument(
+            "--tests-green", action="store_true", help="the caller has just run them"
+        )
+        options = parser.parse_args()
+        torch.set_num_threads(options.threads)
+        self.smoke, self.out = options.smoke, options.out
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not options.tests_green:
+            require_green([smoke_test] if self.smoke else tests)
+        self._end = time.monotonic() + options.budget_s
+        self.rows: list[dict[str, Any]] = []
+        self.skipped: list[str] = []
+        self._facts = machine() | {"versions": versions()}
+        self.copy_gb_s = copy_gb_s(self.device, smoke=self.smoke)
+
+    def shapes(self, shapes: Iterable[Any]) -> Iterable[Any]:
+        """The shapes in order, as long as there is time; the others are named in the output."""
+        shapes = list(shapes)
+        for i, shape in enumerate(shapes):
+            left = self._end - time.monotonic()
+            if left <= 0:
+                self.skipped += [f"{other}: out of time" for other in shapes[i:]]
+                return
+            self.slice_s = left / (len(shapes) - i)
+            yield shape
+            if self.out is not None and self.rows:
+                write_csv(self.rows, self.out)  # so that a run cut short leaves what it has
+
+    def fits(self, num_bytes: int, name: str) -> bool:
+        """Whether the device holds so much; says so if not."""
+        if self.device.type == "cpu" or num_bytes < 0.9 * torch.cuda.mem_get_info()[1]:
+            return True
+        self.skipped.append(f"{name}: needs {num_bytes / 2**30:.0f} GiB")
+        return False
+
+    def add(self, facts: dict[str, Any], calls: Calls, *, floor_bytes: Any, share: float) -> None:
+        """Times the calls in turns, for `share` of this shape's time; one row each.
+
+        `floor_bytes`: what must be moved, a number or a function of the variant's name.
+        """
+        shape = ", ".join(f"{key}={value}" for key, value in facts.items())
+        calls = {
+            name: call
+            for name, call in calls.items()
+            if self.attempt(f"{name}, {shape}", lambda call=call: (call(), True))
+        }
+        if not calls:
+            return
+        peaks = {name: peak_mib(call, self.device) for name, call in calls.items()}
+        times = self._times(calls, self.slice_s * share)
+        for name, elapsed in times.items():
+            moved = floor_bytes(name) if callable(floor_bytes) else floor_bytes
+            figures, floor_ms = spread(elapsed), moved / self.copy_gb_s / 1e6
+            self.rows.append(
+                {"variant": name, **facts, **figures}
+                | {"floor_ms": floor_ms, "of_floor": floor_ms / figures["median_ms"]}
+                | {"peak_mib": peaks[name], "copy_gb_s": self.copy_gb_s}
+                | self._facts
+            )
+
+    def finish(self) -> None:
+        write_rows(self.rows, self.out)
+        for line in self.skipped:
+            print("left out:", line)
+
+    def attempt(self, name: str, call: Callable[[], Any]) -> Any:
+        """The call's result, or None where memory, or a rival, fails it; that is then printed."""
+        try:
+            return call()
+        except (RuntimeError, ValueError, AssertionError, TritonError) as error:
+            if name.startswith("ours") and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            lines = str(error).splitlines() or [""]
+            self.skipped.append(f"{name}: {type(error).__name__}: {lines[0][:120]}")
+        torch.cuda.empty_cache()
+        return None
+
+    def _times(self, calls: Calls, seconds: float) -> dict[str, list[float]]:
+        if self.device.type == "cpu":
+            return interleaved_ms(calls, 1 if self.smoke else _REPEATS[0])
+        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.device)
+        start = time.monotonic()
+        _event_round(calls, flush)
+        fewest, most = _REPEATS
+        repeats = int(min(most, max(fewest, seconds / max(time.monotonic() - start, 1e-4))))
+        rounds = [_event_round(calls, flush) for _ in range(1 if self.smoke else repeats)]
+        return {name: [one[name] for one in rounds] for name in calls}
+
+
+def _event_round(calls: Calls, flush: Tensor) -> dict[str, float]:
+    """Each call once, the cache cold, in ms."""
+    events = {}
+    for name, call in calls.items():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        events[name] = start, end
+    torch.cuda.synchronize()
+    return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
+
+
+def copy_gb_s(device: torch.device, *, smoke: bool) -> float:
+    """Bytes read and written a second by a large copy on the device, in GB/s: the floor's speed."""
+    source = torch.randint(-128, 127, (2**24 if smoke else 2**31,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    call = {"copy": lambda: target.copy_(source)}
+    if device.type == "cuda":
+        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+        times = [_event_round(call, flush)["copy"] for _ in range(12)][2:]
+    else:
+        times = interleaved_ms(call, 3)["copy"]
+    return 2 * source.nbytes / spread(times)["median_ms"] / 1e6
+
+
+def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
+    """Most memory allocated during the call above what was before it, MiB; NaN on a CPU."""
+    if device.type == "cpu":
+        return float("nan")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def errors(found: Tensor, truth: Tensor, name: str) -> dict[str, float]:
+    """Largest and mean absolute error, columns `max_err_<name>` and `mean_err_<name>`."""
+    error = (found.double() - truth).abs()
+    return {f"max_err_{name}": error.max().item(), f"mean_err_{name}": error.mean().item()}
+
+
+def optional(module: str, name: str) -> Any:
+    """A rival's function, or None where it is not installed."""
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        print(f"no {module}: {error}")
+        return None
+
+
+def versions() -> str:
+    """Versions of what is measured beside torch."""
+    found = []
+    for name in ("triton", "trl", "liger-kernel", "flash-attn"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "; ".join(found)
+
+
+def require_green(tests: list[str]) -> None:
+    """Runs the op's tests, and ends the program where one fails: no figures of a wrong op."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT.parent)
+    if done.returncode:
+        print(done.stdout[-3000:], done.stderr[-1000:])
+        sys.exit("tests are red: nothing is timed")

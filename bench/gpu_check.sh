@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# All that wants a GPU, in one command of under 10 minutes: versions, tests, memcheck, benchmarks.
+#
+#   [WHEELS=DIR] [OUT=DIR] [PARTS="tests selection"] [PYTHON=python3] bash bench/gpu_check.sh [--smoke]
+#
+# WHEELS  rivals as wheels; installed into a temporary folder, nothing is fetched
+# PARTS   of rivals versions tests memcheck token_stats policy_loss selection pictures; default all
+# OUT     where CSVs and logs go; default bench/results/<gpu>
+# A part that fails makes the exit status non-zero; later parts run all the same.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+SMOKE=""
+[ "${1:-}" = "--smoke" ] && SMOKE=--smoke
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+STATUS=0
+LIMIT=590 # s, of everything
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+
+part() { # NAME SECONDS COMMAND...: runs it, prints how it ended
+  local name=$1 limit=$2 start=$SECONDS rc
+  shift 2
+  [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return 1
+  echo "=== $name"
+  ((limit <= LIMIT - SECONDS)) || limit=$((LIMIT - SECONDS))
+  if ((limit <= 0)); then echo "--- $name: FAILED, out of time"; STATUS=1; return 1; fi
+  timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.log" | tail -n 40
+  rc=${PIPESTATUS[0]}
+  if [ "$rc" = 0 ]; then echo "--- $name: ok, $((SECONDS - start)) s"
+  else echo "--- $name: FAILED ($rc), $((SECONDS - start)) s"; STATUS=1; fi
+  return "$rc"
+}
+
+GPU=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu")') || exit 1
+OUT=${OUT:-bench/results/$GPU}
+mkdir -p "$OUT"
+if [ "$GPU" = cpu ] && [ -z "$SMOKE" ]; then echo "no CUDA device: only --smoke runs here"; exit 1; fi
+
+if [ -n "${WHEELS:-}" ]; then
+  part rivals 60 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$WORK/site" "$WHEELS"/*.whl \
+    && export PYTHONPATH="$PYTHONPATH:$WORK/site"
+fi
+
+part versions 60 "$PYTHON" -c '
+import platform, torch, triton
+print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_properties(0))
+from bench.device import versions
+print(versions())'
+
+GREEN=""
+if [ -n "$SMOKE" ]; then
+  part tests 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu && GREEN=--tests-green
+else
+  part tests 240 env -u TRITON_INTERPRET "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu tests/kernels \
+    && GREEN=--tests-green
+fi
+
+SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+if [ -n "$SANITIZER" ] && [ "$GPU" != cpu ]; then
+  part memcheck 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool memcheck --error-exitcode 9 "$PYTHON" -c '
+import torch
+from rft_kernels import prefix_rft_loss, select_top_entropy
+torch.manual_seed(0)
+logits = torch.randn(37, 1009, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+targets = torch.randint(1009, (37,), device="cuda")
+mask = torch.ones(37, dtype=torch.bool, device="cuda")
+prefix = torch.arange(37, device="cuda") < 20
+advantages = torch.ones(37, device="cuda")
+prefix_rft_loss(logits, targets, None, advantages, mask, prefix, normalizer=37).loss.backward()
+bounds = torch.tensor([0, 13, 37], device="cuda")
+select_top_entropy(torch.rand(37, device="cuda"), prefix, cu_seqlens=bounds)
+torch.cuda.synchronize()'
+else
+  echo "=== memcheck"; echo "--- memcheck: left out, no compute-sanitizer or no GPU"
+fi
+
+for bench in "token_stats 110" "policy_loss 70" "selection 20"; do
+  read -r op budget <<<"$bench"
+  # Where the tests above were red, a benchmark runs its own and times nothing if those are.
+  part "$op" $((budget + 60)) "$PYTHON" -m "bench.$op" $SMOKE $GREEN --budget-s "$budget" --out "$OUT/$op.csv"
+done
+part pictures 60 "$PYTHON" -m bench.plot "$OUT"
+
+[ "$STATUS" = 0 ] && echo "all parts ok" || echo "some parts FAILED"
+exit "$STATUS"
