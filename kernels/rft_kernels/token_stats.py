@@ -173,7 +173,7 @@ def token_stats(
         vocab_size: columns from here on are padding: never part of the softmax, gradient exactly 0.
         inplace_backward: the backward writes the gradient over `logits`, which must not be needed
             afterwards (the output of a linear layer is not); a second backward then raises.
-        backend: "auto", "torch" or "triton".
+        backend: "auto" (triton on CUDA where it is installed, else torch), "torch" or "triton".
     Returns:
         TokenStats of shape [...]; rows without a target are 0.
     Raises:

@@ -108,6 +108,7 @@ def _row_stats_kernel(
             x, _ = soft_cap(x, SOFTCAP)
         tl.store(log_probs_ptr + row, divide(x - maximum, t, dtype) - log_total)
         entropy = log_total - weighted / total / LOG2_E
+        # Neither term is negative, as far as the device's logarithm of 1 and a bit is not.
         entropy = tl.maximum(entropy, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(entropy_ptr + row, entropy)
         tl.store(saved_ptr + row * 2, maximum)
