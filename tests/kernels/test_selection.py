@@ -63,7 +63,8 @@ def test_a_seed_is_of_no_effect_but_on_a_random_order():
 @pytest.mark.parametrize("order", ["high", "low"])
 def test_infinities_rank_before_nan_and_zeros_are_equal(order):
     worst = -torch.inf if order == "high" else torch.inf
-    entropy = torch.tensor([torch.nan, worst, -0.0, 0.0])
+    zeros = [-0.0, 0.0] if order == "high" else [0.0, -0.0]
+    entropy = torch.tensor([torch.nan, worst, *zeros])
     mask = torch.ones(4, dtype=torch.bool)
     for num, kept in ((1, [False, False, True, False]), (3, [False, True, True, True])):
         found = select_top_entropy(entropy, mask, fraction=num / 4, order=order)

@@ -85,6 +85,17 @@ def test_many_programs_with_ties(order, tied):
     assert not select_top_entropy(entropy, nothing, fraction=1, order=order, seed=SEED).any()
 
 
+@pytest.mark.parametrize("order", ["high", "low"])
+def test_infinities_rank_before_nan_and_zeros_are_equal(order):
+    worst = -torch.inf if order == "high" else torch.inf
+    zeros = [-0.0, 0.0] if order == "high" else [0.0, -0.0]
+    entropy = torch.tensor([torch.nan, worst, *zeros], device=DEVICE)
+    mask = torch.ones_like(entropy, dtype=torch.bool)
+    for num, kept in ((1, [False, False, True, False]), (3, [False, True, True, True])):
+        found = select_top_entropy(entropy, mask, fraction=num / 4, order=order)
+        assert found.tolist() == kept
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_dtypes_and_strides(dtype):
     entropy = torch.rand(200, 2, generator=seeded(2)).to(DEVICE, dtype)[:, 1]
