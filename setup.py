@@ -37,7 +37,16 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],
         "liger": ["liger-kernel>=0.8.5"],
         "wandb": ["wandb"],
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff==0.17.5"],
+        # triton: on a CPU its interpreter runs the kernels; trl, liger-kernel: adapters against them.
+        "test": [
+            "pytest",
+            "pytest-benchmark",
+            "hypothesis",
+            "ruff==0.17.5",
+            "triton>=3.6; platform_system == 'Linux'",
+            "trl==1.16.0",
+            "liger-kernel==0.8.5; platform_system == 'Linux'",
+        ],
         "bench": ["pytest-benchmark", "matplotlib"],
     },
     entry_points={"console_scripts": ["prefix-rft = prefix_rft.cli:main"]},
