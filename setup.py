@@ -37,7 +37,7 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],
         "liger": ["liger-kernel>=0.8.5"],
         "wandb": ["wandb"],
-        # On a CPU triton's interpreter runs the kernels; the adapters are tested against trl, liger.
+        # On a CPU triton's interpreter runs the kernels; adapters are tested against trl, liger.
         "test": [
             "pytest",
             "pytest-benchmark",
