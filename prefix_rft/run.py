@@ -17,15 +17,15 @@ from prefix_rft.config import Config, load_config, save_config
 from prefix_rft.data import load_problems
 from prefix_rft.evaluate import evaluate
 from prefix_rft.interrupt import Interrupt, Stopped
-from prefix_rft.metrics import MetricsLogger
-from prefix_rft.model import (
-    Policy,
+from prefix_rft.loading import (
     eos_token_ids,
     export,
     load_model,
     load_tokenizer,
     resolve_autocast_dtype,
 )
+from prefix_rft.metrics import MetricsLogger
+from prefix_rft.model import Policy
 from prefix_rft.reward import Rewarder, RewardError
 from prefix_rft.rollout.transformers_engine import TransformersEngine
 from prefix_rft.trainer import Trainer

@@ -19,7 +19,7 @@ from prefix_rft.config import (
     ModelConfig,
     TestbedConfig,
 )
-from prefix_rft.model import load_tokenizer
+from prefix_rft.loading import load_tokenizer
 from prefix_rft.testbed import make_lessons, make_rows
 
 torch.set_num_threads(1)

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from prefix_rft.attention import LEAN_SDPA
 from prefix_rft.config import ConfigError, ModelConfig
 from prefix_rft.data_types import Rollout, TrainBatch, TrainRow
-from prefix_rft.model import (
-    Policy,
+from prefix_rft.loading import (
     eos_token_ids,
     export,
     load_model,
@@ -20,6 +19,7 @@ from prefix_rft.model import (
     resolve_autocast_dtype,
     resolve_device,
 )
+from prefix_rft.model import Policy
 from prefix_rft.packing import pack, take_rows
 
 VOCAB = 100  # of the tokenizer; the models have 112 columns

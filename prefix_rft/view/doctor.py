@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefix_rft.config import Config
-from prefix_rft.model import resolve_autocast_dtype, resolve_device
+from prefix_rft.loading import resolve_autocast_dtype, resolve_device
 from prefix_rft.view.memory import memory_terms, peak_bytes, shapes_of
 
 MODULES = ("torch", "triton", "transformers", "datasets", "math_verify")
@@ -102,15 +102,10 @@ def choice_rows(config: Config, device: torch.device) -> list[tuple[str, str, st
 
 
 def _kernel_choice(device: torch.device) -> tuple[str, str]:
-    from rft_kernels import token_stats
-
     if device.type != "cuda":
         return "torch", "chunked torch; Triton kernels need CUDA"
-    logits = torch.zeros(1, 8, device=device)
-    try:
-        token_stats(logits, torch.zeros(1, dtype=torch.int64, device=device), backend="triton")
-    except NotImplementedError as error:
-        return "torch", str(error)
+    if find_spec("triton") is None:
+        return "torch", "triton is not installed"
     return "triton", "a CUDA device"
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 
 from prefix_rft.config import Config, ConfigError
-from prefix_rft.model import resolve_autocast_dtype
+from prefix_rft.loading import resolve_autocast_dtype
 
 WORKSPACE_BYTES = 2**30  # what the vocabulary-sized ops of rft_kernels allow themselves
 

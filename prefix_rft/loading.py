@@ -1,0 +1,191 @@
+"""Tokenizer and model from a folder or the hub, and back: checks, overrides, export."""
+
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from prefix_rft.config import ConfigError, ModelConfig
+
+# Classes of which tokenizer.json is the whole tokenizer.
+_GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """The device of `model.device`; a ConfigError where this machine has none of the kind."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device: got {config.device!r}, but torch finds no CUDA device")
+    return device
+
+
+def resolve_autocast_dtype(config: ModelConfig) -> torch.dtype | None:
+    """What the forward of float32 weights runs in: bfloat16, or None for the weights' own dtype."""
+    is_bfloat16 = config.dtype == "bfloat16" or (
+        config.dtype == "auto" and resolve_device(config).type == "cuda"
+    )
+    return torch.bfloat16 if is_bfloat16 else None
+
+
+def load_tokenizer(path: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, a Hugging Face folder or hub id.
+
+    Args:
+        chat_template: replaces the tokenizer's own: Jinja text, or the path of a file with it.
+    Raises:
+        ConfigError: nothing at `path`, no end-of-sequence token, or a template that is neither.
+    """
+    try:
+        tokenizer_class = get_tokenizer_config(path).get("tokenizer_class")
+        # For some model types AutoTokenizer puts the family's own pipeline over that of the folder.
+        loader = (
+            PreTrainedTokenizerFast if tokenizer_class in _GENERIC_TOKENIZERS else AutoTokenizer
+        )
+        tokenizer = loader.from_pretrained(path)
+    except OSError as error:
+        raise _not_found(path, "tokenizer", error) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path: the tokenizer of {path} has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is always masked, never a target
+    if chat_template is not None:
+        if os.path.isfile(chat_template):
+            chat_template = Path(chat_template).read_text(encoding="utf-8")
+        elif "{" not in chat_template:
+            raise ConfigError(
+                f"model.chat_template: expected a file or Jinja text, got {chat_template!r}"
+            )
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def load_model(config: ModelConfig, path: str | Path) -> PreTrainedModel:
+    """The causal language model at `path`, in training mode, its weights in float32 (or float64).
+
+    Raises:
+        ConfigError: nothing at `path`, no causal language model there, weights missing, or an
+            override that the model has no place for.
+    """
+    device = resolve_device(config)
+    try:
+        model_config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _not_found(path, "model", error) from error
+    _require_causal_lm(model_config, path)
+    _override(model_config.get_text_config(), config)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=model_config,
+            dtype=torch.float64 if config.dtype == "float64" else torch.float32,
+            attn_implementation=_attention(config),
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise _not_found(path, "model", error) from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise ConfigError(f"model.path: {path} lacks {len(missing)} weights, first {missing[0]}")
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device).train()
+
+
+def _attention(config: ModelConfig) -> str | None:
+    """A name for transformers; None: its own choice, `sdpa` where the model has it."""
+    can_flash = (
+        find_spec("flash_attn") is not None
+        and resolve_device(config).type == "cuda"
+        and resolve_autocast_dtype(config) is not None
+    )
+    if config.attention == "auto":
+        return "flash_attention_2" if can_flash else None
+    if config.attention == "flash_attention_2" and not can_flash:
+        raise ConfigError(
+            "model.attention: flash_attention_2 needs the package flash_attn, a CUDA device and "
+            "model.dtype bfloat16"
+        )
+    return config.attention
+
+
+def _not_found(path: str | Path, what: str, error: Exception) -> ConfigError:
+    reason = str(error).strip().splitlines()[0]
+    return ConfigError(
+        f"model.path: expected a folder with a {what}, or a hub id that can be reached, "
+        f"got {str(path)!r} ({reason})"
+    )
+
+
+def _require_causal_lm(config: PreTrainedConfig, path: str | Path) -> None:
+    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ if is_known else "...ForCausalLM"
+    found = config.architectures or [expected if is_known else config.model_type]
+    if expected not in found:
+        raise ConfigError(
+            f"model.path: expected a causal language model with an lm_head ({expected}), "
+            f"found {', '.join(found)} in {path}"
+        )
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if layers - _PACKABLE_LAYERS:
+        raise ConfigError(
+            f"model.path: packed rows need layers of {' or '.join(sorted(_PACKABLE_LAYERS))}, "
+            f"found {', '.join(sorted(layers))} in {path}"
+        )
+
+
+def _override(text_config: PreTrainedConfig, config: ModelConfig) -> None:
+    """Write the overrides of `config` into a transformers configuration; take all dropout out."""
+    if config.rope_theta is not None:
+        if "rope_theta" not in (getattr(text_config, "rope_parameters", None) or {}):
+            raise ConfigError("model.rope_theta: the model has no single rope_theta to replace")
+        text_config.rope_parameters["rope_theta"] = config.rope_theta
+    if config.max_position_embeddings is not None:
+        text_config.max_position_embeddings = config.max_position_embeddings
+    for name, value in vars(text_config).items():
+        if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(text_config, name, 0.0)  # log-probs of two forwards must agree
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a completion: the tokenizer's and those of the generation config."""
+    ids = {tokenizer.eos_token_id}
+    found = model.generation_config.eos_token_id if model.generation_config else None
+    ids.update(found if isinstance(found, list) else [] if found is None else [found])
+    return tuple(sorted(ids))
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write both in Hugging Face format; `folder` is replaced at once or not at all."""
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists() and replaced.exists():
+            replaced.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
