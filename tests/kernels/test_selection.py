@@ -129,6 +129,7 @@ def select_on_ranks(rank: int, store: str, sizes: list[int], cases, results):
             results[name, rank] = select_top_entropy(
                 *own, process_group=dist.group.WORLD, **options
             )
+    dist.barrier()  # a rank that leaves while the other still talks to it can end in an abort
     dist.destroy_process_group()
 
 
