@@ -101,13 +101,13 @@ class TestbedConfig:
     num_train: int = 4096
     min_steps: int = 3  # of a problem
     max_steps: int = 8
-    max_operand: int = 5
+    max_operand: int = 6
     max_value: int = 20  # no number in a problem, given or intermediate, is larger
     # What the base is taught, as shares of its texts:
-    asked_share: float = 0.75  # the prompt asks for the steps, and they are shown
+    asked_share: float = 0.6  # the prompt asks for the steps, and they are shown
     easy_steps: int = 3  # problems of up to that many steps count as easy
     easy_worked_share: float = 0.95  # of the easy ones, where the prompt does not ask
-    hard_worked_share: float = 0.01  # of the others; the rest are guessed at once
+    hard_worked_share: float = 0.02  # of the others; the rest are guessed at once
 
     def __post_init__(self) -> None:
         _at_least(1, self, "num_train", "max_operand")
