@@ -97,7 +97,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most `vocab_size` tokens.
 
-    Every text round-trips; every digit is a token of its own.
+    Every text in Unicode form NFC round-trips; every digit is a token of its own.
     """
     bpe = Tokenizer(models.BPE())
     # AutoTokenizer splits texts this way for every folder with a Qwen2, whatever stands in it.
