@@ -17,7 +17,8 @@ from .objective import LOG_RATIO_BOUND, SUMS
 
 TILE = 512  # tokens a program looks at together
 
-_PADDED = tl.constexpr(16)  # len(SUMS), as a power of 2
+_NUM_SUMS = tl.constexpr(len(SUMS))
+_PADDED = tl.constexpr(triton.next_power_of_2(len(SUMS)))
 _BOUND = tl.constexpr(LOG_RATIO_BOUND)
 (
     _LOSS, _NUM_TOKENS, _NUM_PREFIX, _NUM_SELECTED, _NUM_DROPPED, _CLIPPED_LOW, _CLIPPED_HIGH,
@@ -56,19 +57,17 @@ def _load_masks(
 
 
 @triton.jit
-def _load_log_ratio(log_probs_ptr, old_ptr, offsets, mask, HAS_OLD: tl.constexpr):
-    log_ratio = _load(log_probs_ptr, offsets, mask)
+def _log_ratio(log_probs, old_ptr, offsets, mask, HAS_OLD: tl.constexpr):
     if HAS_OLD:
-        log_ratio -= _load(old_ptr, offsets, mask)
+        return log_probs - _load(old_ptr, offsets, mask)
     else:
-        log_ratio = tl.zeros_like(log_ratio)
-    return log_ratio
+        return tl.zeros_like(log_probs)
 
 
 @triton.jit
 def _policy_term(
-    log_ratio, advantages_ptr, log_probs_ptr, old_ptr, rollout_ptr, offsets, mask, prefix, low,
-    high, prefix_low, prefix_high, dual_clip, cap, HAS_OLD: tl.constexpr, HAS_DUAL: tl.constexpr,
+    log_ratio, log_probs, advantages_ptr, old_ptr, rollout_ptr, offsets, mask, prefix, low, high,
+    prefix_low, prefix_high, dual_clip, cap, HAS_OLD: tl.constexpr, HAS_DUAL: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """Loss and its slope by the log-ratio; the ratio, and by which bound it is clipped (E4, E6)."""
@@ -88,7 +87,9 @@ def _policy_term(
     slope = tl.where(sloped & ~clipped & ~dual, policy, 0.0)
     if HAS_CAP:
         weighted = mask & ~prefix
-        before = _load(old_ptr if HAS_OLD else log_probs_ptr, offsets, weighted)
+        before = log_probs
+        if HAS_OLD:
+            before = _load(old_ptr, offsets, weighted)
         gap = before - _load(rollout_ptr, offsets, weighted)
         weight = tl.exp(tl.where(gap > _BOUND, _BOUND, gap))
         weight = tl.where(prefix, 1.0, tl.where(weight > cap, cap, weight))
@@ -124,6 +125,67 @@ def _placed(sums, place, value):
 
 
 @triton.jit
+def take_tokens(
+    sums, log_probs, entropy, row_log_ratio, row_slope, advantages_ptr, old_ptr, rollout_ptr,
+    ref_ptr, offsets, asked, mask, prefix, low, high, prefix_low, prefix_high, dual_clip, cap,
+    entropy_coef, kl_coef, HAS_OLD: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_BONUS: tl.constexpr, HAS_DUAL: tl.constexpr, HAS_CAP: tl.constexpr, KL: tl.constexpr,
+    SEQUENCE: tl.constexpr,
+):  # fmt: skip
+    """`sums` with these tokens in them; their losses' slopes by log-probability and entropy."""
+    if SEQUENCE:
+        log_ratio = tl.where(mask, row_log_ratio, 0.0)
+    else:
+        log_ratio = _log_ratio(log_probs, old_ptr, offsets, mask, HAS_OLD)
+    loss, slope, ratio, clipped_low, clipped_high, dual = _policy_term(
+        log_ratio, log_probs, advantages_ptr, old_ptr, rollout_ptr, offsets, mask, prefix, low,
+        high, prefix_low, prefix_high, dual_clip, cap, HAS_OLD, HAS_DUAL, HAS_CAP,
+    )  # fmt: skip
+    if SEQUENCE:
+        slope = tl.where(mask, row_slope, 0.0)
+    tile = tl.zeros((_PADDED,), tl.float32)
+    dentropy = tl.zeros_like(slope)
+    if HAS_ENTROPY:
+        tile = _placed(tile, _ENTROPY_SUM, entropy)
+        if HAS_BONUS:
+            loss -= entropy_coef * entropy
+            dentropy = tl.where(mask, -entropy_coef, 0.0)
+    if KL != "none":
+        d = log_probs - _load(ref_ptr, offsets, mask)
+        kl, dkl = _kl_term(d, KL)
+        kl, dkl = tl.where(mask, kl, 0.0), tl.where(mask, dkl, 0.0)
+        tile = _placed(tile, _KL_SUM, kl)
+        loss += kl_coef * kl
+        slope += kl_coef * dkl
+
+    tile = _placed(tile, _LOSS, loss)
+    tile = _placed(tile, _NUM_TOKENS, mask)
+    tile = _placed(tile, _NUM_PREFIX, prefix)
+    tile = _placed(tile, _NUM_SELECTED, mask & prefix)
+    tile = _placed(tile, _NUM_DROPPED, asked & ~mask)
+    tile = _placed(tile, _CLIPPED_LOW, clipped_low)
+    tile = _placed(tile, _CLIPPED_HIGH, clipped_high)
+    tile = _placed(tile, _CLIPPED_DUAL, dual)
+    tile = _placed(tile, _RATIO_SUM, tl.where(mask, ratio, 0.0))
+    approx_kl = _exp_excess(_clamp(log_ratio, -_BOUND, _BOUND), ratio)
+    tile = _placed(tile, _APPROX_KL_SUM, tl.where(mask, approx_kl, 0.0))
+    places = tl.arange(0, _PADDED)
+    ratio_sum = tl.sum(tl.where(places == _RATIO_SUM, tile, 0.0), 0)
+    largest = tl.max(tl.where(mask, ratio, 0.0), 0)
+    largest = tl.where(ratio_sum == ratio_sum, largest, ratio_sum)  # a NaN is not lost
+    largest = tl.maximum(sums, largest, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(places == _RATIO_MAX, largest, sums + tile), slope, dentropy
+
+
+@triton.jit
+def store_sums(partial_ptr, sums, program):
+    """A program's sums, in its column of [M, N]."""
+    places = tl.arange(0, _PADDED)
+    row = partial_ptr + places.to(tl.int64) * tl.num_programs(0) + program
+    tl.store(row, sums, mask=places < _NUM_SUMS)
+
+
+@triton.jit
 def _objective_kernel(
     log_probs_ptr,  # [T]
     old_ptr,  # [T]
@@ -154,7 +216,6 @@ def _objective_kernel(
     HAS_CAP: tl.constexpr,
     KL: tl.constexpr,
     SEQUENCE: tl.constexpr,
-    NUM_SUMS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -173,8 +234,8 @@ def _objective_kernel(
             _, mask, _ = _load_masks(
                 mask_ptr, prefix_ptr, rollout_ptr, offsets, stop, HAS_PREFIX, HAS_CAP
             )
-            log_ratio = _load_log_ratio(log_probs_ptr, old_ptr, offsets, mask, HAS_OLD)
-            total += tl.sum(log_ratio, 0)
+            log_probs = _load(log_probs_ptr, offsets, mask)
+            total += tl.sum(_log_ratio(log_probs, old_ptr, offsets, mask, HAS_OLD), 0)
             count += tl.sum(mask.to(tl.float32), 0)
         count = tl.maximum(count, 1.0)
         row_log_ratio = total / count
@@ -185,65 +246,33 @@ def _objective_kernel(
                 mask_ptr, prefix_ptr, rollout_ptr, offsets, stop, HAS_PREFIX, HAS_CAP
             )
             _, slope, _, _, _, _ = _policy_term(
-                tl.where(mask, row_log_ratio, 0.0), advantages_ptr, log_probs_ptr, old_ptr,
-                rollout_ptr, offsets, mask, prefix, low, high, prefix_low, prefix_high, dual_clip,
-                cap, HAS_OLD, HAS_DUAL, HAS_CAP,
+                tl.where(mask, row_log_ratio, 0.0), _load(log_probs_ptr, offsets, mask),
+                advantages_ptr, old_ptr, rollout_ptr, offsets, mask, prefix, low, high, prefix_low,
+                prefix_high, dual_clip, cap, HAS_OLD, HAS_DUAL, HAS_CAP,
             )  # fmt: skip
             total += tl.sum(slope, 0)
         row_slope = total / count
 
-    places = tl.arange(0, _PADDED)
     sums = tl.zeros((_PADDED,), tl.float32)
     for first in range(start, stop, TILE):
         offsets = first + tl.arange(0, TILE)
         asked, mask, prefix = _load_masks(
             mask_ptr, prefix_ptr, rollout_ptr, offsets, stop, HAS_PREFIX, HAS_CAP
         )
-        if SEQUENCE:
-            log_ratio = tl.where(mask, row_log_ratio, 0.0)
-        else:
-            log_ratio = _load_log_ratio(log_probs_ptr, old_ptr, offsets, mask, HAS_OLD)
-        loss, slope, ratio, clipped_low, clipped_high, dual = _policy_term(
-            log_ratio, advantages_ptr, log_probs_ptr, old_ptr, rollout_ptr, offsets, mask, prefix,
-            low, high, prefix_low, prefix_high, dual_clip, cap, HAS_OLD, HAS_DUAL, HAS_CAP,
-        )  # fmt: skip
-        if SEQUENCE:
-            slope = tl.where(mask, row_slope, 0.0)
-        tile = tl.zeros((_PADDED,), tl.float32)
+        log_probs = _load(log_probs_ptr, offsets, mask)
+        entropy = log_probs
         if HAS_ENTROPY:
             entropy = _load(entropy_ptr, offsets, mask)
-            tile = _placed(tile, _ENTROPY_SUM, entropy)
-            if HAS_BONUS:
-                loss -= entropy_coef * entropy
-                dentropy = tl.where(mask, -entropy_coef, 0.0)
-                tl.store(dentropy_ptr + offsets, dentropy, mask=offsets < stop)
-        if KL != "none":
-            d = _load(log_probs_ptr, offsets, mask) - _load(ref_ptr, offsets, mask)
-            kl, dkl = _kl_term(d, KL)
-            kl, dkl = tl.where(mask, kl, 0.0), tl.where(mask, dkl, 0.0)
-            tile = _placed(tile, _KL_SUM, kl)
-            loss += kl_coef * kl
-            slope += kl_coef * dkl
+        sums, slope, dentropy = take_tokens(
+            sums, log_probs, entropy, row_log_ratio, row_slope, advantages_ptr, old_ptr,
+            rollout_ptr, ref_ptr, offsets, asked, mask, prefix, low, high, prefix_low, prefix_high,
+            dual_clip, cap, entropy_coef, kl_coef, HAS_OLD, HAS_ENTROPY, HAS_BONUS, HAS_DUAL,
+            HAS_CAP, KL, SEQUENCE,
+        )  # fmt: skip
         tl.store(dlog_probs_ptr + offsets, slope, mask=offsets < stop)
-
-        tile = _placed(tile, _LOSS, loss)
-        tile = _placed(tile, _NUM_TOKENS, mask)
-        tile = _placed(tile, _NUM_PREFIX, prefix)
-        tile = _placed(tile, _NUM_SELECTED, mask & prefix)
-        tile = _placed(tile, _NUM_DROPPED, asked & ~mask)
-        tile = _placed(tile, _CLIPPED_LOW, clipped_low)
-        tile = _placed(tile, _CLIPPED_HIGH, clipped_high)
-        tile = _placed(tile, _CLIPPED_DUAL, dual)
-        tile = _placed(tile, _RATIO_SUM, tl.where(mask, ratio, 0.0))
-        approx_kl = _exp_excess(_clamp(log_ratio, -_BOUND, _BOUND), ratio)
-        tile = _placed(tile, _APPROX_KL_SUM, tl.where(mask, approx_kl, 0.0))
-        ratio_sum = tl.sum(tl.where(places == _RATIO_SUM, tile, 0.0), 0)
-        largest = tl.max(tl.where(mask, ratio, 0.0), 0)
-        largest = tl.where(ratio_sum == ratio_sum, largest, ratio_sum)  # a NaN is not lost
-        largest = tl.maximum(sums, largest, propagate_nan=tl.PropagateNan.ALL)
-        sums = tl.where(places == _RATIO_MAX, largest, sums + tile)
-    row = partial_ptr + places.to(tl.int64) * tl.num_programs(0) + program
-    tl.store(row, sums, mask=places < NUM_SUMS)
+        if HAS_BONUS:
+            tl.store(dentropy_ptr + offsets, dentropy, mask=offsets < stop)
+    store_sums(partial_ptr, sums, program)
 
 
 @triton.jit
@@ -330,7 +359,6 @@ def objective_fwd(
         HAS_CAP=importance_cap is not None,
         KL=kl,
         SEQUENCE=by_sequence,
-        NUM_SUMS=len(SUMS),
         TILE=TILE,
         num_warps=4,
     )
