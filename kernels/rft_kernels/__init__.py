@@ -1,6 +1,7 @@
 """Statistics, selection, loss and gradient for reinforcement fine-tuning of language models."""
 
 from .linear import linear_prefix_rft_loss, linear_token_stats
+from .lm_head import LMHead, patch_lm_head
 from .objective import policy_objective
 from .policy_config import PolicyConfig
 from .policy_loss import PolicyLoss, prefix_rft_loss
@@ -8,11 +9,13 @@ from .selection import select_top_entropy
 from .token_stats import TokenStats, token_stats
 
 __all__ = [
+    "LMHead",
     "PolicyConfig",
     "PolicyLoss",
     "TokenStats",
     "linear_prefix_rft_loss",
     "linear_token_stats",
+    "patch_lm_head",
     "policy_objective",
     "prefix_rft_loss",
     "select_top_entropy",

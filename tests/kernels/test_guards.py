@@ -80,4 +80,6 @@ def test_public_names():
         "prefix_rft_loss",
         "linear_prefix_rft_loss",
         "PolicyLoss",
+        "LMHead",
+        "patch_lm_head",
     } == set(rft_kernels.__all__)
