@@ -187,7 +187,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"
     group_size: int = 8  # rollouts per prompt, hybrids included
     temperature: float = 1.0  # of sampling, and of every log-prob and entropy in training
     max_response_length: int = 8192  # tokens, prefix included
@@ -197,6 +197,25 @@ class RolloutConfig:
         _at_least(2, self, "group_size", "max_response_length")
         _at_least(1, self, "max_batch_sequences")
         _above(0, self, "temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMConfig:
+    """What `rollout.engine = "vllm"` needs to know besides `[rollout]`."""
+
+    tensor_parallel_size: int = 1  # neighbouring processes that share one copy of the weights
+    # share of the device's memory (without CUDA: of the machine's) for weights and KV cache
+    gpu_memory_utilization: float = 0.45
+    kv_cache_mib: int | None = None  # of the KV cache; None: what the share leaves
+    enforce_eager: bool = False  # no compilation, no CUDA graphs: a faster start, slower tokens
+    # give up weights and KV cache while training; None: where there is CUDA
+    sleep: bool | None = None
+    weight_bucket_mib: int = 512  # gathered at once when new weights are pushed
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "tensor_parallel_size", "kv_cache_mib", "weight_bucket_mib")
+        _above(0, self, "gpu_memory_utilization")
+        _shares(self, "gpu_memory_utilization")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +367,7 @@ class Config:
     base: BaseConfig = field(default_factory=BaseConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     loss: LossConfig = field(default_factory=LossConfig)

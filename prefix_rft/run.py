@@ -17,17 +17,11 @@ from prefix_rft.config import Config, load_config, save_config
 from prefix_rft.data import load_problems
 from prefix_rft.evaluate import evaluate
 from prefix_rft.interrupt import Interrupt, Stopped
-from prefix_rft.loading import (
-    eos_token_ids,
-    export,
-    load_model,
-    load_tokenizer,
-    resolve_autocast_dtype,
-)
+from prefix_rft.loading import export, load_model, load_tokenizer, resolve_autocast_dtype
 from prefix_rft.metrics import MetricsLogger
 from prefix_rft.model import Policy
 from prefix_rft.reward import Rewarder, RewardError
-from prefix_rft.rollout.transformers_engine import TransformersEngine
+from prefix_rft.rollout import make_engine
 from prefix_rft.trainer import Trainer
 from prefix_rft.view.report import write_report
 
@@ -129,18 +123,13 @@ class Setup:
         self.tokenizer = load_tokenizer(model_path, config.model.chat_template)
         self.data = load_problems(config, self.tokenizer)
         model = load_model(config.model, model_path)
-        shared = {
-            "vocab_size": len(self.tokenizer),
-            "autocast_dtype": resolve_autocast_dtype(config.model),
-        }
-        self.policy = Policy(model, temperature=config.rollout.temperature, **shared)
-        self.engine = TransformersEngine(
+        self.policy = Policy(
             model,
-            eos_token_ids=eos_token_ids(model, self.tokenizer),
-            pad_token_id=self.tokenizer.pad_token_id,
-            max_batch_sequences=config.rollout.max_batch_sequences,
-            **shared,
+            temperature=config.rollout.temperature,
+            vocab_size=len(self.tokenizer),
+            autocast_dtype=resolve_autocast_dtype(config.model),
         )
+        self.engine = make_engine(config, model, self.tokenizer)
         self.rewarder = Rewarder(config.reward, answer_pattern=config.data.answer_pattern)
 
     def __enter__(self) -> "Setup":

@@ -4,17 +4,25 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefix_rft.config import Config
 from prefix_rft.data_types import Completion, RolloutRequest
+from prefix_rft.loading import eos_token_ids, resolve_autocast_dtype, resolve_device
 
 
 class RolloutEngine(Protocol):
     """Generates with the weights of the last `update_weights`, numbered `weights_version`."""
 
-    weights_version: int
+    shares_module: bool  # it generates with the trainer's own module, which must then be whole
+    weights_version: int | None  # None: it holds no weights
 
     def update_weights(self, model: nn.Module, version: int) -> None:
-        """Take over the weights of `model`, a transformers causal language model."""
+        """Take over the weights of `model`, a transformers causal language model. Collective."""
+        ...
+
+    def sleep(self) -> None:
+        """Give up the memory that training can use; `update_weights` may have to come next."""
         ...
 
     def generate(
@@ -35,3 +43,79 @@ class RolloutEngine(Protocol):
             ValueError: a request without prompt or budget, or too long for the model.
         """
         ...
+
+
+def make_engine(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> RolloutEngine:
+    """The engine `rollout.engine`, holding the weights of `model` as version 0. Collective.
+
+    Raises:
+        ConfigError: the engine is not installed, or cannot run the model as asked.
+    """
+    shared = {
+        "vocab_size": len(tokenizer),
+        "eos_token_ids": eos_token_ids(model, tokenizer),
+        "autocast_dtype": resolve_autocast_dtype(config.model),
+        "max_batch_sequences": config.rollout.max_batch_sequences,
+    }
+    if config.rollout.engine == "vllm":
+        from prefix_rft.rollout.vllm_engine import VLLMEngine
+
+        responses = (config.rollout.max_response_length, config.eval.max_response_length or 0)
+        max_length = config.data.max_prompt_tokens + max(responses)
+        engine = VLLMEngine(
+            model,
+            config=config.vllm,
+            device=resolve_device(config.model),
+            max_length=max_length,
+            **shared,
+        )
+        engine.update_weights(model, version=0)
+        return engine
+    from prefix_rft.rollout.transformers_engine import TransformersEngine
+
+    return TransformersEngine(model, pad_token_id=tokenizer.pad_token_id, **shared)
+
+
+def check_call(
+    requests: Sequence[RolloutRequest],
+    *,
+    temperature: float,
+    asked_version: int,
+    version: int | None,
+    max_length: int | None,
+    max_length_source: str,
+) -> None:
+    """Refuse what no engine can generate; see `RolloutEngine.generate`.
+
+    Args:
+        version: that of the weights the engine holds; None: it holds none.
+        max_length: tokens of prompt, prefix and continuation together; None: any number.
+    """
+    if version is None:
+        raise RuntimeError(
+            "stale weights: the engine holds none; update_weights comes before generate, "
+            "and again after sleep"
+        )
+    if asked_version != version:
+        raise RuntimeError(
+            f"stale weights: generate was asked for version {asked_version}, "
+            f"the engine holds version {version}"
+        )
+    if temperature < 0:
+        raise ValueError(f"temperature: expected at least 0, got {temperature}")
+    for i, request in enumerate(requests):
+        if not request.prompt_ids:
+            raise ValueError(f"requests[{i}].prompt_ids: expected at least one token, got none")
+        if request.max_new_tokens < 1:
+            raise ValueError(
+                f"requests[{i}].max_new_tokens: expected at least 1, got {request.max_new_tokens}"
+            )
+        total = len(request.prompt_ids) + len(request.prefix_ids) + request.max_new_tokens
+        if max_length is not None and total > max_length:
+            raise ValueError(
+                f"requests[{i}]: expected at most {max_length} tokens ({max_length_source}), "
+                f"got {len(request.prompt_ids)} of prompt + {len(request.prefix_ids)} of prefix + "
+                f"{request.max_new_tokens} new"
+            )

@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from prefix_rft.data_types import Completion, RolloutRequest
+from prefix_rft.rollout import check_call
 
 _NOT_FORCED = -1  # in place of a token id
 _COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are dropped from the cache
@@ -49,6 +50,7 @@ class TransformersEngine:
             raise ValueError("eos_token_ids: expected at least one id, got none")
         if max_batch_sequences < 1:
             raise ValueError(f"max_batch_sequences: expected at least 1, got {max_batch_sequences}")
+        self.shares_module = True
         self.weights_version = 0
         self._model = model
         self._eos_token_ids = tuple(eos_token_ids)
@@ -61,6 +63,9 @@ class TransformersEngine:
         """Generate with `model` from now on; nothing is copied."""
         self._model = model
         self.weights_version = version
+
+    def sleep(self) -> None:
+        """Nothing to give up: the weights are the trainer's, and no cache outlives `generate`."""
 
     def generate(
         self,
@@ -80,14 +85,15 @@ class TransformersEngine:
             RuntimeError: `weights_version` is not the engine's.
             ValueError: a request without tokens, with no budget, or too long for the model.
         """
-        if weights_version != self.weights_version:
-            raise RuntimeError(
-                f"stale weights: generate was asked for version {weights_version}, "
-                f"the engine holds version {self.weights_version}"
-            )
-        if temperature < 0:
-            raise ValueError(f"temperature: expected at least 0, got {temperature}")
-        self._check(requests)
+        text_config = self._model.config.get_text_config()
+        check_call(
+            requests,
+            temperature=temperature,
+            asked_version=weights_version,
+            version=self.weights_version,
+            max_length=getattr(text_config, "max_position_embeddings", None),
+            max_length_source="the model's max_position_embeddings",
+        )
         device = self._model.device
         generator = torch.Generator(device).manual_seed(seed)
         # Prompts of like length together: little padding. The longest first: memory runs out at
@@ -108,24 +114,6 @@ class TransformersEngine:
                     zip(indices, self._generate_batch(batch, temperature, generator), strict=True)
                 )
         return [completions[i] for i in range(len(requests))]
-
-    def _check(self, requests: Sequence[RolloutRequest]) -> None:
-        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        for i, request in enumerate(requests):
-            if not request.prompt_ids:
-                raise ValueError(f"requests[{i}].prompt_ids: expected at least one token, got none")
-            if request.max_new_tokens < 1:
-                raise ValueError(
-                    f"requests[{i}].max_new_tokens: expected at least 1, "
-                    f"got {request.max_new_tokens}"
-                )
-            total = len(request.prompt_ids) + len(request.prefix_ids) + request.max_new_tokens
-            if limit is not None and total > limit:
-                raise ValueError(
-                    f"requests[{i}]: expected at most {limit} tokens (the model's "
-                    f"max_position_embeddings), got {len(request.prompt_ids)} of prompt + "
-                    f"{len(request.prefix_ids)} of prefix + {request.max_new_tokens} new"
-                )
 
     def _generate_batch(
         self, requests: Sequence[RolloutRequest], temperature: float, generator: torch.Generator

@@ -1,0 +1,292 @@
+"""Generation by vLLM inside the trainer's processes; the only importer of vllm."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from prefix_rft.config import ConfigError, VLLMConfig
+from prefix_rft.data_types import Completion, RolloutRequest
+from prefix_rft.rollout import check_call
+
+_MIB = 2**20
+
+
+class VLLMEngine:
+    """A `RolloutEngine` of vLLM, one per process, whose weights are pushed to it.
+
+    The processes that torchrun starts generate for themselves, or, with a tensor parallel size of
+    n, in groups of n neighbours that share one copy of the weights.
+
+    Args:
+        model: a causal language model of transformers, possibly sharded; only its configuration is
+            read here: the engine holds no weights before the first `update_weights`.
+        config: the section `[vllm]`.
+        device: of the compute, which is vLLM's choice too.
+        max_length: tokens of a sequence, at most; the model's own limit is kept.
+        eos_token_ids: each of them ends a completion.
+        vocab_size: tokens of the tokenizer; the engine's model ends there, so that ids past it can
+            neither be sampled nor take part in the softmax.
+        max_batch_sequences: sequences generated at once.
+        autocast_dtype: of weights and forward; None: the weights' dtype.
+    Raises:
+        ConfigError: vLLM is not installed, or cannot run the model as asked.
+        ValueError: no end-of-sequence token below `vocab_size`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        config: VLLMConfig,
+        device: torch.device,
+        max_length: int,
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+        max_batch_sequences: int,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.shares_module = False
+        self.weights_version: int | None = None
+        self._dtype = autocast_dtype or model.dtype
+        self._vocab_size = vocab_size
+        self._stop_token_ids = [i for i in eos_token_ids if i < vocab_size]
+        self._bucket_bytes = config.weight_bucket_mib * _MIB
+        self._can_sleep = device.type == "cuda" if config.sleep is None else config.sleep
+        self._is_asleep = False
+        if not self._stop_token_ids:
+            raise ValueError(f"eos_token_ids: expected an id below {vocab_size}, got none")
+        if self._can_sleep and device.type != "cuda":
+            raise ConfigError("vllm.sleep: expected false, only CUDA memory can be given up")
+        if self._dtype == torch.float64:
+            raise ConfigError("model.dtype: vLLM has no float64; rollout.engine transformers has")
+        if device.index and "LOCAL_RANK" not in os.environ:
+            raise ConfigError(
+                "model.device: vLLM takes the first visible device; choose it by "
+                f"CUDA_VISIBLE_DEVICES, got {device}"
+            )
+        num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if num_ranks % config.tensor_parallel_size:
+            raise ConfigError(
+                f"vllm.tensor_parallel_size: expected a divisor of the {num_ranks} processes, "
+                f"got {config.tensor_parallel_size}"
+            )
+        self._vllm = _import_vllm()
+        self._peers: dist.ProcessGroup | None = None  # who generates the same requests
+        if config.tensor_parallel_size > 1:
+            self._peers, _ = dist.new_subgroups(config.tensor_parallel_size, backend="gloo")
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", max_length)
+        self._max_length = min(max_length, limit)
+        with TemporaryDirectory() as folder:
+            _write_config(model, vocab_size, Path(folder))
+            try:
+                self._llm = self._vllm.LLM(
+                    folder,
+                    load_format="dummy",
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",  # no sampling defaults from anywhere
+                    dtype=self._dtype,
+                    logprobs_mode="processed_logprobs",
+                    enable_prefix_caching=True,
+                    max_model_len=self._max_length,
+                    max_num_seqs=max_batch_sequences,
+                    gpu_memory_utilization=config.gpu_memory_utilization,
+                    kv_cache_memory_bytes=config.kv_cache_mib and config.kv_cache_mib * _MIB,
+                    enforce_eager=config.enforce_eager,
+                    enable_sleep_mode=self._can_sleep,
+                    tensor_parallel_size=config.tensor_parallel_size,
+                    distributed_executor_backend="external_launcher" if num_ranks > 1 else "uni",
+                )
+            except ValueError as error:
+                raise ConfigError(f"vllm: {error}") from error
+
+    @torch.no_grad()
+    def update_weights(self, model: nn.Module, version: int) -> None:
+        """Copy the weights of `model`, a bucket at a time; every rank takes part in the gathers."""
+        self.weights_version = None
+        if self._is_asleep:
+            self._llm.wake_up(["weights"])
+        weights = engine_weights(
+            model, vocab_size=self._vocab_size, dtype=self._dtype, bucket_bytes=self._bucket_bytes
+        )
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self._is_asleep:
+            self._llm.wake_up(["kv_cache"])
+            self._is_asleep = False
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: it holds unfinished requests")
+        self.weights_version = version
+
+    def sleep(self) -> None:
+        """Give up weights and KV cache until the next `update_weights`, by `vllm.sleep`."""
+        if self._can_sleep and not self._is_asleep:
+            self.weights_version = None  # what would be generated now comes from garbage
+            self._is_asleep = True
+            self._llm.sleep(level=2)
+
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        temperature: float,
+        seed: int,
+        weights_version: int,
+    ) -> list[Completion]:
+        """One completion per request, in order; collective with tensor parallelism.
+
+        Every request has a random stream of its own, by `seed` and its index. Log-probs are as vLLM
+        computed them, also where they are not finite.
+
+        Raises:
+            RuntimeError: `weights_version` is not the engine's, or an earlier call was interrupted.
+            ValueError: a request without tokens, with no budget, or too long.
+        """
+        check_call(
+            requests,
+            temperature=temperature,
+            asked_version=weights_version,
+            version=self.weights_version,
+            max_length=self._max_length,
+            max_length_source="the engine's; data.max_prompt_tokens + max_response_length",
+        )
+        if self._llm.llm_engine.has_unfinished_requests():
+            raise RuntimeError("an interrupted generate left requests: make a new engine")
+        own = [
+            _Job(list(r.prompt_ids + r.prefix_ids), r.max_new_tokens, request_seed(seed, i))
+            for i, r in enumerate(requests)
+        ]
+        jobs, start = self._with_peers(own)
+        if not jobs:
+            return []
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": job.token_ids} for job in jobs],
+            [
+                self._vllm.SamplingParams(
+                    temperature=temperature,
+                    top_p=1.0,
+                    top_k=0,  # off
+                    max_tokens=job.max_new_tokens,
+                    seed=job.seed,
+                    stop_token_ids=self._stop_token_ids,
+                    ignore_eos=True,  # those of the model's configuration: ours are complete
+                    logprobs=0,  # of the sampled token alone
+                    flat_logprobs=True,
+                    detokenize=False,
+                )
+                for job in jobs
+            ],
+            use_tqdm=False,
+        )
+        return [_completion(output.outputs[0]) for output in outputs[start : start + len(own)]]
+
+    def _with_peers(self, own: list["_Job"]) -> tuple[list["_Job"], int]:
+        """The jobs of all ranks that share the weights, in order of rank, and where ours start."""
+        if self._peers is None:
+            return own, 0
+        shares: list[list[_Job]] = [[]] * dist.get_world_size(self._peers)
+        dist.all_gather_object(shares, own, group=self._peers)
+        start = sum(map(len, shares[: dist.get_rank(self._peers)]))
+        return [job for share in shares for job in share], start
+
+
+class _Job(NamedTuple):
+    token_ids: list[int]
+    max_new_tokens: int
+    seed: int
+
+
+def request_seed(seed: int, index: int) -> int:
+    """Of request `index` of a call with `seed`, in [0, 2**63)."""
+    digest = hashlib.sha256(f"{seed},{index}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def engine_weights(
+    model: nn.Module, *, vocab_size: int, dtype: torch.dtype, bucket_bytes: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of `model` in `dtype` under their Hugging Face names, cut to the vocabulary.
+
+    Sharded weights are cast, then gathered, as many at a time as fit into `bucket_bytes`, or one
+    that does not. Every rank gathers a bucket before it hands out the first weight of it. A tied
+    weight comes once, under its first name.
+    """
+    weights: dict[int, tuple[str, torch.Tensor]] = {}
+    # The state dict comes first: it shards again what a forward has left gathered.
+    for name, weight in model.state_dict(keep_vars=True).items():
+        weights.setdefault(id(weight), (name, weight))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    by_token = {id(embedding.weight), id(head.weight), id(getattr(head, "bias", None))}
+
+    def full(weight: torch.Tensor) -> torch.Tensor:
+        local = weight.to(dtype) if weight.is_floating_point() else weight
+        whole = local.full_tensor() if isinstance(local, DTensor) else local
+        return whole[:vocab_size] if id(weight) in by_token else whole
+
+    with torch.no_grad():
+        for bucket in _buckets(weights.values(), dtype, bucket_bytes):
+            gathered = [(name, full(weight)) for name, weight in bucket]
+            while gathered:
+                yield gathered.pop(0)
+
+
+def _buckets(
+    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, max_bytes: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    bucket, size = [], 0
+    for name, weight in weights:
+        num_bytes = weight.numel() * dtype.itemsize
+        if bucket and size + num_bytes > max_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, weight))
+        size += num_bytes
+    yield bucket
+
+
+def _completion(output: object) -> Completion:
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a completion by {output.finish_reason!r}")
+    return Completion(
+        token_ids=tuple(output.token_ids),
+        log_probs=tuple(output.logprobs.logprobs),
+        finish_reason=output.finish_reason,
+    )
+
+
+def _write_config(model: PreTrainedModel, vocab_size: int, folder: Path) -> None:
+    """config.json as vLLM needs it: the trainer's overrides in it, the padded columns not."""
+    model.config.save_pretrained(folder)
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    text_values = values.get("text_config", values)
+    text_values["vocab_size"] = vocab_size
+    # The head's GEMM writes float32, as the trainer's does: bfloat16 logits cost 0.03 in log-prob.
+    text_values["head_dtype"] = "float32"
+    values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)].__name__]
+    file.write_text(json.dumps(values))
+
+
+def _import_vllm() -> ModuleType:
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine: vllm is not installed; pip install 'prefix-rft[vllm]', "
+            "or choose transformers"
+        )
+    # Its scheduler in a process of its own could not be handed tensors.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # Bound to cores, its threads would hold the trainer's there too.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return import_module("vllm")
