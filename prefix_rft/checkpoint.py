@@ -3,29 +3,38 @@
 <run>/checkpoints/step-000050/
     state/          model and optimizer, torch.distributed.checkpoint
     trainer.json    step, parameter shapes, data fingerprint
-    rng.pt          generator states of python, numpy and torch
+    rng-<rank>.pickle   generator states of python, numpy and torch
     manifest.json   size and crc32 of every other file, written last
 """
 
 import json
 import os
+import pickle
 import random
 import shutil
 import warnings
 import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial as partial_call
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from prefix_rft.config import UserError
+from prefix_rft.distributed import World
 
-FORMAT = 1  # raised when the layout changes
+FORMAT = 2  # raised when the layout changes
+for _message in (".*torch.distributed is disabled.*", ".*the intent is to .* single process.*"):
+    warnings.filterwarnings("ignore", message=_message)  # it is; also from the writing thread
 
 
 class CheckpointError(UserError):
@@ -54,61 +63,153 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-[0-9]*"))
 
 
-def save_checkpoint(
-    run_dir: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: TrainerState,
-    *,
-    keep: int,
-) -> Path:
-    """Write the checkpoint of `state.step`, then delete all but the newest `keep`.
+class CheckpointWriter:
+    """Writes the checkpoints of a run; use as a context manager.
 
-    Raises:
-        CheckpointError: the disk refused; earlier checkpoints are untouched.
+    Where training goes on meanwhile, what is saved is a copy in host memory, and a checkpoint is in
+    its place as soon as it is whole.
+
+    Args:
+        keep: newest checkpoints that stay.
+        in_background: `save` returns once the copy is made.
     """
-    target = checkpoint_dir(run_dir, state.step)
-    partial = target.with_name(f".partial-{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        _dcp(dcp.save, {"model": model_state, "optimizer": optimizer_state}, partial / "state")
-        torch.save(_rng_states(), partial / "rng.pt")
+
+    def __init__(
+        self, run_dir: Path, *, keep: int, in_background: bool, world: World | None = None
+    ) -> None:
+        self.run_dir = run_dir
+        self.keep = keep
+        self.in_background = in_background
+        self.world = World() if world is None else world
+        self._group = None  # apart from the training's, which goes on meanwhile
+        if in_background and self.world.mesh is not None:
+            self._group = dist.new_group(backend="gloo")
+        self._executor = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *exc: object) -> None:
+        """Waits for what is being written; on the way of another error that one is told."""
+        if kind is None:
+            self.finish()
+        self._executor.shutdown()
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
+        """Write the checkpoint of `state.step`, then delete all but the newest. Collective.
+
+        Raises:
+            CheckpointError: the disk refused, now or at the save before; earlier checkpoints are
+                untouched.
+        """
+        self.finish()
+        target = checkpoint_dir(self.run_dir, state.step)
+        partial = target.with_name(f".partial-{target.name}")
         description = {"format": FORMAT, "shapes": _shapes(model), "state": asdict(state)}
-        (partial / "trainer.json").write_text(json.dumps(description))
-        manifest = {
-            str(file.relative_to(partial)): [file.stat().st_size, _crc32(file)]
-            for file in sorted(partial.rglob("*"))
-            if file.is_file()
-        }
-        (partial / "manifest.json").write_text(json.dumps(manifest))
-        for file in partial.rglob("*"):
-            _fsync(file)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(partial, target)
-        _fsync(target.parent)
-    except (OSError, CheckpointException) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        kept = list_checkpoints(run_dir)
-        raise CheckpointError(
-            f"checkpoint of step {state.step} could not be written to {target.parent}: "
-            f"{_root_cause(error)}; the last good one is {kept[-1] if kept else 'none'}"
-        ) from error
-    for old in list_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
-    return target
+        self.world.from_main(lambda: self._guard(target, lambda: _start(partial, description)))
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        saved = {"model": model_state, "optimizer": optimizer_state}
+
+        def write_states() -> None:
+            (partial / _rng_file(self.world.rank)).write_bytes(pickle.dumps(_rng_states()))
+
+        self._guard(target, write_states)
+        options = {"checkpoint_id": partial / "state", "no_dist": self.world.mesh is None}
+        write = partial_call(dcp.save, saved, **options)
+        if self.in_background:
+            write = dcp.async_save(saved, process_group=self._group, **options).result
+
+        def complete() -> None:
+            write()
+            if self.world.is_main:
+                _publish(partial, target)
+                for old in list_checkpoints(self.run_dir)[: -self.keep]:
+                    shutil.rmtree(old)
+
+        if self.in_background:
+            self._pending = self._executor.submit(self._guard, target, complete)
+        else:
+            self._guard(target, complete)
+            self.world.gather(None)  # nobody goes on before it is in its place
+
+    def check(self) -> None:
+        """Raise the CheckpointError of a checkpoint that has failed since; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self._pending.result()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is in its place. Collective.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        errors = self.world.gather(None if pending is None else _error_of(pending))
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def _guard(self, target: Path, action: Callable[[], None]) -> None:
+        """`action`, whose failure leaves nothing half-written behind."""
+        try:
+            action()
+        except (OSError, CheckpointException) as error:
+            shutil.rmtree(target.with_name(f".partial-{target.name}"), ignore_errors=True)
+            kept = list_checkpoints(self.run_dir)
+            raise CheckpointError(
+                f"checkpoint of step {checkpoint_step(target)} could not be written to {target.parent}: "
+                f"{_root_cause(error)}; the last good one is {kept[-1] if kept else 'none'}"
+            ) from error
+
+
+def _error_of(pending: Future) -> CheckpointError | None:
+    error = pending.exception()
+    if error is None or isinstance(error, CheckpointError):
+        return error
+    raise error
+
+
+def _start(partial: Path, description: dict) -> None:
+    """An empty folder with the description of the checkpoint to come."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "trainer.json").write_text(json.dumps(description))
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Seal a complete checkpoint, and put it in its place at once."""
+    manifest = {
+        str(file.relative_to(partial)): [file.stat().st_size, _crc32(file)]
+        for file in sorted(partial.rglob("*"))
+        if file.is_file()
+    }
+    (partial / "manifest.json").write_text(json.dumps(manifest))
+    for file in partial.rglob("*"):
+        _fsync(file)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(partial, target)
+    _fsync(target.parent)
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, data_fingerprint: str
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    data_fingerprint: str,
+    world: World | None = None,
 ) -> TrainerState:
-    """Restore `model`, `optimizer` and the random generators in place.
+    """Restore `model`, `optimizer` and the random generators in place. Collective.
+
+    The checkpoint may have been written by any number of ranks; a rank that it has no generators of
+    keeps its own.
 
     Raises:
         CheckpointError: the checkpoint is damaged, of another model or of other data.
     """
-    description = _verify(path)
+    world = World() if world is None else world
+    description = world.from_main(lambda: _verify(path))
     _require_same_model(path, description["shapes"], model)
     state = TrainerState(**description["state"])
     if state.data_fingerprint != data_fingerprint:
@@ -118,14 +219,16 @@ def load_checkpoint(
         )
     model_state, optimizer_state = get_state_dict(model, optimizer)
     loaded = {"model": model_state, "optimizer": optimizer_state}
-    _dcp(dcp.load, loaded, path / "state")
+    dcp.load(loaded, checkpoint_id=path / "state", no_dist=world.mesh is None)
     set_state_dict(
         model,
         optimizer,
         model_state_dict=loaded["model"],
         optim_state_dict=loaded["optimizer"],
     )
-    _set_rng_states(torch.load(path / "rng.pt", weights_only=False))
+    generators = path / _rng_file(world.rank)
+    if generators.exists():
+        _set_rng_states(pickle.loads(generators.read_bytes()))
     return state
 
 
@@ -137,7 +240,7 @@ def load_model_weights(path: Path, model: nn.Module) -> None:
     """
     _require_same_model(path, _verify(path)["shapes"], model)
     state = {"model": model.state_dict()}
-    _dcp(dcp.load, state, path / "state")
+    dcp.load(state, checkpoint_id=path / "state", no_dist=True)
     model.load_state_dict(state["model"])
 
 
@@ -172,15 +275,12 @@ def _require_same_model(path: Path, shapes: dict[str, list[int]], model: nn.Modu
         )
 
 
-def _dcp(operation, state: dict, folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to .* single process.*")
-        operation(state, checkpoint_id=folder, no_dist=True)
-
-
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng-{rank}.pickle"
 
 
 def _rng_states() -> dict:

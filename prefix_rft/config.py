@@ -192,11 +192,13 @@ class RolloutConfig:
     temperature: float = 1.0  # of sampling, and of every log-prob and entropy in training
     max_response_length: int = 8192  # tokens, prefix included
     max_batch_sequences: int = 256  # sequences generated at once
+    # nats a token, mean of |engine - trainer|; above it the run stops; None: it never does
+    max_log_prob_gap: float | None = 0.1
 
     def __post_init__(self) -> None:
         _at_least(2, self, "group_size", "max_response_length")
         _at_least(1, self, "max_batch_sequences")
-        _above(0, self, "temperature")
+        _above(0, self, "temperature", "max_log_prob_gap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +314,19 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """How the processes that torchrun starts share the model; one process shares nothing."""
+
+    replicas: int = 1  # whole copies of the model; the processes of one copy share it (FSDP2)
+    cpu_offload: bool = False  # weights, gradients and optimizer state wait in host memory
+    timeout_s: float = 1800.0  # a process that keeps the others waiting for longer is lost
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "replicas")
+        _above(0, self, "timeout_s")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     num_steps: int = 500
     prompts_per_step: int = 128
@@ -320,12 +335,17 @@ class TrainerConfig:
     micro_batch_tokens: int = 16384  # tokens of one packed forward; a longer row goes alone
     checkpoint_every: int = 50  # steps; 0: only at the end
     keep_checkpoints: int = 2
+    async_checkpoints: bool = True  # the next steps run while a checkpoint is written
     sample_every: int = 5  # steps between the rollouts kept for the report
+    profile_steps: tuple[int, ...] = ()  # steps, from 0, of which a torch profiler trace is kept
 
     def __post_init__(self) -> None:
         _at_least(1, self, "num_steps", "prompts_per_step", "prompts_per_update")
         _at_least(1, self, "micro_batch_tokens", "keep_checkpoints", "sample_every")
         _at_least(0, self, "checkpoint_every")
+        _check_each(
+            self, ("profile_steps",), lambda steps: min(steps, default=0) >= 0, "steps >= 0"
+        )
         _require(
             self.prompts_per_step % self.prompts_per_update == 0,
             "trainer.prompts_per_update",
@@ -373,6 +393,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -64,6 +64,8 @@ def _typed(value: Any, expected: Any, key: str) -> Any:
                 continue
     elif kind is Literal and value in arguments:
         return value
+    elif kind is tuple and isinstance(value, (list, tuple)) and arguments[-1] is Ellipsis:
+        return tuple(_typed(v, arguments[0], key) for v in value)
     elif kind is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
         return tuple(_typed(v, option, key) for v, option in zip(value, arguments, strict=True))
     elif kind is dict and isinstance(value, dict):
@@ -83,6 +85,7 @@ def _type_text(expected: Any) -> str:
     if kind is Literal:
         return " or ".join(map(repr, arguments))
     if kind is tuple:
+        arguments = [option for option in arguments if option is not Ellipsis]
         return f"[{', '.join(map(_type_text, arguments))}]"
     if dataclasses.is_dataclass(kind) or kind is dict:
         return "a table"

@@ -105,6 +105,7 @@ class TrainBatch:
     rollout_log_probs: torch.Tensor  # [T] float, 0 on prefix tokens
     old_log_probs: torch.Tensor | None = None  # [T] float; None: on-policy, the ratio is 1
     selected_mask: torch.Tensor | None = None  # [T] bool, prefix tokens that get gradient
+    active_rows: torch.Tensor | None = None  # [N] int64, positions outside which there is none
 
 
 @dataclass(frozen=True, kw_only=True)

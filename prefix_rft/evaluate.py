@@ -2,20 +2,32 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import comb
 
 import numpy as np
 
 from prefix_rft.config import EvalConfig
-from prefix_rft.data_types import Problem, RolloutRequest
-from prefix_rft.reward import Rewarder
+from prefix_rft.data_types import Completion, Problem, RewardStatus, RolloutRequest
+from prefix_rft.reward import Rewarder, Score
 from prefix_rft.rollout import RolloutEngine
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000  # of the bootstrap
 
 
-def evaluate(
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What the policy answered to one problem."""
+
+    greedy_reward: float
+    rewards: tuple[float, ...]  # of the k samples, as are the following
+    lengths: tuple[int, ...]  # tokens
+    truncated: tuple[bool, ...]
+    statuses: tuple[RewardStatus, ...]
+
+
+def answer(
     problems: Sequence[Problem],
     engine: RolloutEngine,
     rewarder: Rewarder,
@@ -24,45 +36,58 @@ def evaluate(
     config: EvalConfig,
     max_response_length: int,
     seed: int,
-) -> dict:
-    """Greedy accuracy, and avg@k and pass@k of k = `config.num_samples` samples.
-
-    Accuracies and shares are in [0, 1]; lengths in tokens; `<name>_ci95` is [low, high] of a
-    bootstrap over problems.
-    """
+) -> list[Answers]:
+    """One greedy answer and k = `config.num_samples` sampled ones to each of `problems`, scored."""
     k = config.num_samples
     limit = config.max_response_length or max_response_length
     requests = [RolloutRequest(prompt_ids=p.prompt_ids, max_new_tokens=limit) for p in problems]
 
-    def run(copies: int, temperature: float) -> tuple[np.ndarray, list, Counter]:
+    def run(copies: int, temperature: float) -> tuple[list[Completion], list[Score]]:
         completions = engine.generate(
             [request for request in requests for _ in range(copies)],
             temperature=temperature,
             seed=seed,
             weights_version=engine.weights_version,
         )
-        scores = rewarder.score(
-            [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions],
-            [problem for problem in problems for _ in range(copies)],
-        )
-        rewards = np.array([score.reward for score in scores]).reshape(len(problems), copies)
-        return rewards, completions, Counter(score.status for score in scores)
+        texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+        return completions, rewarder.score(texts, [p for p in problems for _ in range(copies)])
 
-    greedy, _, _ = run(1, 0.0)
-    sampled, completions, statuses = run(k, config.temperature)
+    _, greedy = run(1, 0.0)
+    completions, scores = run(k, config.temperature)
+    spans = [slice(i * k, (i + 1) * k) for i in range(len(problems))]
+    return [
+        Answers(
+            greedy_reward=best.reward,
+            rewards=tuple(score.reward for score in scores[span]),
+            lengths=tuple(len(c.token_ids) for c in completions[span]),
+            truncated=tuple(c.finish_reason == "length" for c in completions[span]),
+            statuses=tuple(score.status for score in scores[span]),
+        )
+        for best, span in zip(greedy, spans, strict=True)
+    ]
+
+
+def summarize(answers: Sequence[Answers]) -> dict:
+    """Greedy accuracy, avg@k and pass@k over problems.
+
+    Accuracies and shares are in [0, 1]; lengths in tokens; `<name>_ci95` is [low, high] of a
+    bootstrap over problems.
+    """
+    greedy = np.array([each.greedy_reward for each in answers])
+    sampled = np.array([each.rewards for each in answers])
+    k = sampled.shape[1]
     num_correct = (sampled == 1.0).sum(axis=1)
-    results = {
-        "num_problems": len(problems),
+    return {
+        "num_problems": len(answers),
         "greedy": float(greedy.mean()),
-        "greedy_ci95": bootstrap_interval(greedy[:, 0]),
+        "greedy_ci95": bootstrap_interval(greedy),
         f"avg@{k}": float(sampled.mean()),
         f"avg@{k}_ci95": bootstrap_interval(sampled.mean(axis=1)),
         f"pass@{k}": float(np.mean([pass_at_k(k, int(c), k) for c in num_correct])),
-        "response_length_mean": float(np.mean([len(c.token_ids) for c in completions])),
-        "truncated_share": float(np.mean([c.finish_reason == "length" for c in completions])),
-        "statuses": dict(statuses),
+        "response_length_mean": float(np.mean([each.lengths for each in answers])),
+        "truncated_share": float(np.mean([each.truncated for each in answers])),
+        "statuses": dict(Counter(status for each in answers for status in each.statuses)),
     }
-    return results
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

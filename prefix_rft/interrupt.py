@@ -1,9 +1,15 @@
-"""SIGINT and SIGTERM end a run at a safe point instead of in the middle of an update."""
+"""SIGINT and SIGTERM end a run at a safe point, the same on all ranks."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from prefix_rft.config import UserError
+from prefix_rft.distributed import World
+
+_SAME_SIGNAL_S = 1.0  # a launcher and the terminal may both pass on what was sent once
 
 
 class Stopped(BaseException):
@@ -19,8 +25,10 @@ class Interrupt:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, world: World | None = None) -> None:
         self.signal: int | None = None  # the one that came
+        self._world = World() if world is None else world
+        self._time = 0.0
         self._abandonable = False
         self._previous: dict[int, object] = {}
 
@@ -33,23 +41,37 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        for each in self.SIGNALS:
-            signal.signal(each, self._previous[each])
+        if self.signal is not None:
+            if time.monotonic() - self._time > _SAME_SIGNAL_S:
+                self.__exit__()
+                signal.raise_signal(number)
+            return
+        self.signal, self._time = number, time.monotonic()
         if self._abandonable:
             raise Stopped(number)
 
-    def check(self) -> None:
-        """Raise `Stopped` if a signal came."""
-        if self.signal is not None:
-            raise Stopped(self.signal)
-
     @contextmanager
-    def abandonable(self) -> Iterator[None]:
-        """A section that changes nothing worth keeping: a signal ends it at once."""
-        self.check()
-        self._abandonable = True
+    def abandonable(self, *, at_once: bool = True) -> Iterator[None]:
+        """A section that changes nothing worth keeping, and in which no rank waits for another.
+
+        A signal or an error that the user can put right, on any rank, ends it on all: they meet at
+        its end. Collective.
+
+        Args:
+            at_once: a signal need not wait for the end of the section.
+        Raises:
+            Stopped, UserError: that of the lowest rank that had one.
+        """
+        trouble: BaseException | None = None
         try:
+            if self.signal is not None:
+                raise Stopped(self.signal)
+            self._abandonable = at_once
             yield
+        except (Stopped, UserError) as error:
+            trouble = error
         finally:
             self._abandonable = False
+        for found in self._world.gather(trouble):
+            if found is not None:
+                raise found

@@ -2,11 +2,18 @@
 
 import os
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -19,7 +26,9 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from prefix_rft.config import ConfigError, ModelConfig
+from prefix_rft.config import Config, ConfigError, ModelConfig
+from prefix_rft.distributed import World
+from prefix_rft.model import Policy
 
 # Classes of which tokenizer.json is the whole tokenizer.
 _GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -76,6 +85,47 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> PreTra
     return tokenizer
 
 
+def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: World) -> Policy:
+    """The policy of the model at `path`, on this process or shared by all of `world`. Collective.
+
+    Raises:
+        ConfigError: see `load_model` and `Policy`.
+    """
+    options = {
+        "temperature": config.rollout.temperature,
+        "vocab_size": vocab_size,
+        "autocast_dtype": resolve_autocast_dtype(config.model),
+    }
+    if world.mesh is None:
+        return Policy(load_model(config.model, path), **options)
+    device = resolve_device(config.model)
+    offload = config.sharding.cpu_offload
+    source: list[PreTrainedModel] = []  # one model on rank 0, none elsewhere
+    on_host = replace(config.model, device="cpu")
+    world.from_main(lambda: source.append(load_model(on_host, path)))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(**_architecture(config.model, path))
+    _prepare(model, config.model)
+    policy = Policy(model, device=device, **options)
+    policy.shard(world.mesh, cpu_offload=offload)
+    policy.to_empty(device="cpu" if offload else device)
+    model.tie_weights()
+    set_model_state_dict(
+        model,
+        source[0].state_dict() if source else {},
+        options=StateDictOptions(
+            full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload
+        ),
+    )
+    buffers = world.from_main(lambda: dict(source[0].named_buffers()))
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.to(device))
+    model.generation_config = world.from_main(lambda: source[0].generation_config)
+    policy.check_forward()
+    return policy
+
+
 def load_model(config: ModelConfig, path: str | Path) -> PreTrainedModel:
     """The causal language model at `path`, in training mode, its weights in float32 (or float64).
 
@@ -83,29 +133,34 @@ def load_model(config: ModelConfig, path: str | Path) -> PreTrainedModel:
         ConfigError: nothing at `path`, no causal language model there, weights missing, or an
             override that the model has no place for.
     """
-    device = resolve_device(config)
-    try:
-        model_config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise _not_found(path, "model", error) from error
-    _require_causal_lm(model_config, path)
-    _override(model_config.get_text_config(), config)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=model_config,
-            dtype=torch.float64 if config.dtype == "float64" else torch.float32,
-            attn_implementation=_attention(config),
-            output_loading_info=True,
+            path, output_loading_info=True, **_architecture(config, path)
         )
     except (OSError, SafetensorError) as error:
         raise _not_found(path, "model", error) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ConfigError(f"model.path: {path} lacks {len(missing)} weights, first {missing[0]}")
+    return _prepare(model.to(resolve_device(config)), config)
+
+
+def _architecture(config: ModelConfig, path: str | Path) -> dict[str, Any]:
+    """What a model of `path` is made from, beside its weights."""
+    try:
+        model_config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _not_found(path, "model", error) from error
+    _require_causal_lm(model_config, path)
+    _override(model_config.get_text_config(), config)
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    return {"config": model_config, "dtype": dtype, "attn_implementation": _attention(config)}
+
+
+def _prepare(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(device).train()
+    return model.train()
 
 
 def _attention(config: ModelConfig) -> str | None:
@@ -171,15 +226,37 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return tuple(sorted(ids))
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write both in Hugging Face format; `folder` is replaced at once or not at all."""
-    folder = Path(folder)
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    world: World | None = None,
+) -> None:
+    """Write both in Hugging Face format; `folder` is replaced at once or not at all. Collective.
+
+    A model shared by several ranks is gathered weight by weight in the host memory of rank 0.
+    """
+    world = World() if world is None else world
+    state = None
+    if world.mesh is not None:
+        state = get_model_state_dict(
+            model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+    world.from_main(lambda: _write(model, state, tokenizer, Path(folder)))
+
+
+def _write(
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     replaced = folder.with_name(f".{folder.name}.replaced")
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
         if folder.exists():
             folder.rename(replaced)

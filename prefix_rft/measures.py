@@ -5,10 +5,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from prefix_rft.data_types import Group, Update
+from prefix_rft.config import UserError
+from prefix_rft.data_types import Group, TrainBatch, Update
 from prefix_rft.ledger import Ledger
+
+
+class LogProbGapError(UserError):
+    """What the engine sampled from is not what the trainer trains; the run stops."""
+
 
 STATUSES = ("correct", "wrong", "no_answer", "timeout", "error")
 
@@ -72,11 +79,50 @@ def _measure_update(ledger: Ledger, update: Update) -> None:
     ledger.mean(
         "policy/continuation_entropy_mean", update.entropy[continuation].sum(), continuation.sum()
     )
-    before = update.log_probs if batch.old_log_probs is None else batch.old_log_probs
-    gap = (before - batch.rollout_log_probs)[continuation].abs()
-    if len(gap):
-        ledger.mean("rollout/log_prob_gap_mean", gap.sum(), len(gap))
-        ledger.maximum("rollout/log_prob_gap_max", gap.max())
+    for name, value in gap_metrics(log_prob_gap(batch, update.log_probs)).items():
+        ledger.maximum(f"rollout/log_prob_gap_{name}", value)
+
+
+def log_prob_gap(batch: TrainBatch, log_probs: torch.Tensor) -> torch.Tensor:
+    """Trainer minus engine, [N] nats: on tokens of continuations, where both are finite.
+
+    Args:
+        log_probs: [T] by the trainer, of the policy that generated; those of `batch` come first.
+    """
+    before = log_probs if batch.old_log_probs is None else batch.old_log_probs
+    continuation = batch.response_mask & ~batch.prefix_mask & (batch.advantages != 0)
+    gap = (before - batch.rollout_log_probs)[continuation]
+    return gap[gap.isfinite()]
+
+
+def gap_metrics(gap: torch.Tensor) -> dict[str, float]:
+    """Mean, 99th percentile and maximum of |gap|, and E[e^gap - 1 - gap], the KL divergence from
+    engine to trainer (http://joschu.net/blog/kl-approx.html, k3), in nats.
+    """
+    if not len(gap):
+        return {}
+    size = gap.abs()
+    rank = max(1, round(0.99 * len(size)))
+    figures = {
+        "mean": size.mean(),
+        "p99": size.kthvalue(rank).values,
+        "max": size.max(),
+        "kl": (gap.expm1() - gap).mean(),
+    }
+    return {name: value.item() for name, value in figures.items()}
+
+
+def check_gap(gap: torch.Tensor, limit: float | None) -> None:
+    """Raise LogProbGapError where the mean of |gap| is above `limit` nats."""
+    figures = gap_metrics(gap)
+    if limit is not None and figures and figures["mean"] > limit:
+        told = ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
+        raise LogProbGapError(
+            f"rollout.max_log_prob_gap: expected at most {limit} nats between the log-probs of the "
+            f"engine and the trainer, got {told} over {len(gap)} tokens. The engine may hold other "
+            "weights, another temperature or dtype, or sample from a truncated distribution; "
+            "checkpoints are intact"
+        )
 
 
 def describe_group(

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from prefix_rft.config import LogConfig, UserError
 from prefix_rft.view.progress import Kind, make_display
@@ -90,6 +90,21 @@ class MetricsLogger:
     def message(self, text: str) -> None:
         """Print a line above the live display."""
         self._display.message(text)
+
+
+class NoLogger:
+    """The logger of a rank that has nothing to tell."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def log(self, step: int, metrics: Mapping[str, float], *, kind: Kind = "train") -> None: ...
+
+    def log_rollouts(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def message(self, text: str) -> None: ...
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

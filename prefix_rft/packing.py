@@ -3,6 +3,7 @@
 A row is fed without its last token, which predicts nothing; position t predicts token t + 1.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import accumulate
@@ -12,6 +13,7 @@ import torch
 from prefix_rft.data_types import TrainBatch, TrainRow
 
 IGNORE = -100  # target of a position that predicts no response token
+_NOT_PER_TOKEN = ("cu_seqlens", "lengths", "active_rows")
 
 
 def pack(rows: Sequence[TrainRow], *, device: torch.device, dtype: torch.dtype) -> TrainBatch:
@@ -53,19 +55,48 @@ def pack(rows: Sequence[TrainRow], *, device: torch.device, dtype: torch.dtype) 
     )
 
 
-def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row indices of each micro-batch: longest row first, first fit; a longer row goes alone."""
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fitting = (i for i, free in enumerate(room) if lengths[row] <= free)
+def plan_micro_batches(
+    lengths: Sequence[int], max_tokens: int, num_ranks: int = 1
+) -> list[list[list[int]]]:
+    """Row indices of the micro-batches, [rank][round]: as many rounds on every rank.
+
+    Each row is in one micro-batch; a row longer than `max_tokens` goes alone. The ranks' micro-
+    batches of one round, which wait for each other, are of like size; the largest come first. Where
+    the rows do not suffice for all ranks the last ones are empty.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    num_bins = -(-len(_first_fit(order, lengths, max_tokens)) // num_ranks) * num_ranks
+    while (bins := _balance(order, lengths, max_tokens, num_bins)) is None:
+        num_bins += num_ranks
+    bins.sort(key=lambda rows: -sum(lengths[row] for row in rows))
+    return [bins[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def _first_fit(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[int]:
+    """Tokens of each bin when every row goes to the first that has room for it."""
+    loads: list[int] = []
+    for row in order:
+        fitting = (i for i, load in enumerate(loads) if load + lengths[row] <= max_tokens)
         index = next(fitting, None)
         if index is None:
-            bins.append([])
-            room.append(max_tokens)
-            index = len(bins) - 1
+            loads.append(0)
+            index = -1
+        loads[index] += lengths[row]
+    return loads
+
+
+def _balance(
+    order: Sequence[int], lengths: Sequence[int], max_tokens: int, num_bins: int
+) -> list[list[int]] | None:
+    """Each row, longest first, to the emptiest bin; None where it has no room for one."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    heap = [(0, index) for index in range(num_bins)]
+    for row in order:
+        load, index = heap[0]
+        if load and load + lengths[row] > max_tokens:
+            return None
+        heapq.heapreplace(heap, (load + lengths[row], index))
         bins[index].append(row)
-        room[index] -= lengths[row]
     return bins
 
 
@@ -73,7 +104,7 @@ def token_index(batch: TrainBatch, rows: Sequence[int]) -> torch.Tensor:
     """Positions in `batch` of the tokens of `rows`, in their order: [T'] int64."""
     starts = [0, *accumulate(batch.lengths)]
     spans = [torch.arange(starts[row], starts[row + 1]) for row in rows]
-    return torch.cat(spans).to(batch.input_ids.device)
+    return torch.cat([torch.arange(0), *spans]).to(batch.input_ids.device)
 
 
 def take_rows(batch: TrainBatch, rows: Sequence[int]) -> TrainBatch:
@@ -83,10 +114,20 @@ def take_rows(batch: TrainBatch, rows: Sequence[int]) -> TrainBatch:
     tokens = {
         field.name: getattr(batch, field.name)[index]
         for field in fields(batch)
-        if field.name not in ("cu_seqlens", "lengths") and getattr(batch, field.name) is not None
+        if field.name not in _NOT_PER_TOKEN and getattr(batch, field.name) is not None
     }
     cu_seqlens = _cu_seqlens(lengths, index.device)
-    return replace(batch, **tokens, lengths=lengths, cu_seqlens=cu_seqlens)
+    return replace(batch, **tokens, lengths=lengths, cu_seqlens=cu_seqlens, active_rows=None)
+
+
+def filler(batch: TrainBatch) -> TrainBatch:
+    """The shortest row of `batch` without any token in the loss, for a rank that has no row left.
+
+    Its forward and backward keep the rank in step with the others, and add nothing.
+    """
+    row = min(range(len(batch.lengths)), key=batch.lengths.__getitem__)
+    alone = take_rows(batch, [row])
+    return replace(alone, response_mask=torch.zeros_like(alone.response_mask))
 
 
 def _cu_seqlens(lengths: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -2,12 +2,14 @@
 
 import json
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from prefix_rft.base_model import resolve_base
 from prefix_rft.checkpoint import (
     CheckpointError,
+    CheckpointWriter,
     checkpoint_dir,
     checkpoint_step,
     list_checkpoints,
@@ -15,13 +17,15 @@ from prefix_rft.checkpoint import (
 )
 from prefix_rft.config import Config, load_config, save_config
 from prefix_rft.data import load_problems
-from prefix_rft.evaluate import evaluate
+from prefix_rft.distributed import World
+from prefix_rft.evaluate import answer, summarize
 from prefix_rft.interrupt import Interrupt, Stopped
-from prefix_rft.loading import export, load_model, load_tokenizer, resolve_autocast_dtype
-from prefix_rft.metrics import MetricsLogger
-from prefix_rft.model import Policy
+from prefix_rft.loading import export, load_model, load_policy, load_tokenizer, resolve_device
+from prefix_rft.measures import LogProbGapError
+from prefix_rft.metrics import MetricsLogger, NoLogger
 from prefix_rft.reward import Rewarder, RewardError
 from prefix_rft.rollout import make_engine
+from prefix_rft.rollout.serving import serving
 from prefix_rft.trainer import Trainer
 from prefix_rft.view.report import write_report
 
@@ -33,28 +37,34 @@ SUMMARY_FILE = "summary.json"
 def train(config: Config, *, resume: bool = False) -> dict:
     """Run `config` from its base to its report, in the folder `config.run_dir`.
 
+    Under torchrun all ranks run it together; rank 0 keeps the folder.
+
     Args:
         resume: continue from the newest checkpoint of the folder, if there is one; a finished run
             is left as it is.
     Returns:
-        the summary: "base" and "trained", each as `evaluate` returns it.
+        the summary: "base" and "trained", each as `summarize` returns it.
     Raises:
         UserError: something the user can put right.
         Stopped: SIGINT or SIGTERM came; the last whole step is in a checkpoint.
     """
+    with World(config.sharding, resolve_device(config.model)) as world:
+        return _train(config, world, resume=resume)
+
+
+def _train(config: Config, world: World, *, resume: bool) -> dict:
     run_dir = config.run_dir
-    summary = _read_summary(run_dir) if resume else {}
-    checkpoints = list_checkpoints(run_dir) if resume else []
-    last = checkpoint_dir(run_dir, config.trainer.num_steps)
-    if "trained" in summary and last in checkpoints:
+    summary, checkpoints = world.from_main(lambda: _open_run(config, resume))
+    if "trained" in summary:
         return summary
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / CONFIG_FILE)
 
     with ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt())
+        interrupt = stack.enter_context(Interrupt(world))
         with interrupt.abandonable():
-            setup = stack.enter_context(Setup(config, resolve_base(config)))
+            base = resolve_base(config) if world.is_main else None
+        base = world.from_main(lambda: base)
+        with interrupt.abandonable() if world.size == 1 else nullcontext():
+            setup = stack.enter_context(Setup(config, base, world))
         logger = stack.enter_context(
             MetricsLogger(
                 run_dir,
@@ -62,14 +72,16 @@ def train(config: Config, *, resume: bool = False) -> dict:
                 num_steps=config.trainer.num_steps,
                 start_step=checkpoint_step(checkpoints[-1]) if checkpoints else 0,
             )
+            if world.is_main
+            else NoLogger()
         )
         for report in setup.data.reports:
             logger.message(str(report))
         if "base" not in summary:
             logger.message("evaluating the base model")
-            with interrupt.abandonable():
-                summary = {"base": setup.evaluate()}
-            _write_summary(run_dir, summary)
+            summary = {"base": setup.evaluate(interrupt, version=0)}
+            if world.is_main:
+                _write_summary(run_dir, summary)
         trainer = setup.trainer()
         if checkpoints:
             logger.message(f"resuming from {checkpoints[-1]}")
@@ -78,20 +90,37 @@ def train(config: Config, *, resume: bool = False) -> dict:
             logger.log(0, _eval_metrics(summary["base"]), kind="eval")
         _loop(config, setup, trainer, logger, interrupt)
         logger.message("evaluating the trained model")
-        with interrupt.abandonable():
-            trained = setup.evaluate()
+        trained = setup.evaluate(interrupt, version=trainer.step_index)
         logger.log(trainer.step_index, _eval_metrics(trained), kind="eval")
-    export(setup.policy.model, setup.tokenizer, run_dir / MODEL_FOLDER)
+    export(setup.policy.model, setup.tokenizer, run_dir / MODEL_FOLDER, world)
     summary["trained"] = trained
-    _write_summary(run_dir, summary)
-    write_report(run_dir)
+    if world.is_main:
+        _write_summary(run_dir, summary)
+        write_report(run_dir)
     return summary
+
+
+def _open_run(config: Config, resume: bool) -> tuple[dict, list[Path]]:
+    """The summary so far and the checkpoints to continue from; the folder, with its config."""
+    run_dir = config.run_dir
+    summary = _read_summary(run_dir) if resume else {}
+    checkpoints = list_checkpoints(run_dir) if resume else []
+    is_finished = checkpoint_dir(run_dir, config.trainer.num_steps) in checkpoints
+    if "trained" in summary and is_finished:
+        return summary, checkpoints
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / CONFIG_FILE)
+    return {name: summary[name] for name in summary if name != "trained"}, checkpoints
 
 
 def evaluate_model(config: Config, model_path: str) -> dict:
     """Results of the model at `model_path`, a folder or hub id, on the held-out problems."""
-    with Setup(config, model_path) as setup:
-        return setup.evaluate()
+    with (
+        World(config.sharding, resolve_device(config.model)) as world,
+        Setup(config, model_path, world) as setup,
+        Interrupt(world) as interrupt,
+    ):
+        return setup.evaluate(interrupt, version=0)
 
 
 def export_checkpoint(run_dir: Path, step: int | None, folder: Path) -> None:
@@ -110,7 +139,7 @@ def export_checkpoint(run_dir: Path, step: int | None, folder: Path) -> None:
         )
     config = load_config(run_dir / CONFIG_FILE)
     base = resolve_base(config)
-    model = load_model(config.model, base)
+    model = load_model(replace(config.model, device="cpu"), base)
     load_model_weights(checkpoints[max(checkpoints) if step is None else step], model)
     export(model, load_tokenizer(base, config.model.chat_template), folder)
 
@@ -118,18 +147,13 @@ def export_checkpoint(run_dir: Path, step: int | None, folder: Path) -> None:
 class Setup:
     """What training and evaluation share: data, tokenizer, policy, engine, rewarder."""
 
-    def __init__(self, config: Config, model_path: Path | str) -> None:
+    def __init__(self, config: Config, model_path: Path | str, world: World) -> None:
         self.config = config
+        self.world = world
         self.tokenizer = load_tokenizer(model_path, config.model.chat_template)
         self.data = load_problems(config, self.tokenizer)
-        model = load_model(config.model, model_path)
-        self.policy = Policy(
-            model,
-            temperature=config.rollout.temperature,
-            vocab_size=len(self.tokenizer),
-            autocast_dtype=resolve_autocast_dtype(config.model),
-        )
-        self.engine = make_engine(config, model, self.tokenizer)
+        self.policy = load_policy(config, model_path, vocab_size=len(self.tokenizer), world=world)
+        self.engine = make_engine(config, self.policy, self.tokenizer)
         self.rewarder = Rewarder(config.reward, answer_pattern=config.data.answer_pattern)
 
     def __enter__(self) -> "Setup":
@@ -146,48 +170,64 @@ class Setup:
             engine=self.engine,
             rewarder=self.rewarder,
             problems=self.data.train,
+            world=self.world,
         )
 
-    def evaluate(self) -> dict:
-        """Accuracy of the current weights on the held-out problems."""
-        return evaluate(
-            self.data.held_out,
-            self.engine,
-            self.rewarder,
-            self.tokenizer,
-            config=self.config.eval,
-            max_response_length=self.config.rollout.max_response_length,
-            seed=self.config.seed,
-        )
+    def evaluate(self, interrupt: Interrupt, *, version: int) -> dict:
+        """Accuracy of the current weights, known as `version`, on the held-out problems."""
+        with (
+            serving(self.engine, self.policy, version),
+            interrupt.abandonable(at_once=not self.engine.is_collective),
+        ):
+            answers = answer(
+                self.world.share(self.data.held_out),
+                self.engine,
+                self.rewarder,
+                self.tokenizer,
+                config=self.config.eval,
+                max_response_length=self.config.rollout.max_response_length,
+                seed=self.config.seed * self.world.size + self.world.rank,
+            )
+        return summarize(self.world.merge(answers))
 
 
 def _loop(
     config: Config,
     setup: Setup,
     trainer: Trainer,
-    logger: MetricsLogger,
+    logger: MetricsLogger | NoLogger,
     interrupt: Interrupt,
 ) -> None:
     """Train to the last step; a checkpoint every n steps, at the end, and when stopped."""
     num_steps, every = config.trainer.num_steps, config.trainer.checkpoint_every
     saved = trainer.step_index
-    try:
-        while trainer.step_index < num_steps:
-            step = trainer.step_index
-            metrics, sample = trainer.train_step(interrupt)
-            logger.log(step, metrics)
-            if step % config.trainer.sample_every == 0:
-                logger.log_rollouts(step, [sample])
-            done = trainer.step_index
-            if done == num_steps or (every and done % every == 0):
-                saved = trainer.save(config.run_dir)
-            if config.eval.every and done % config.eval.every == 0 and done < num_steps:
+    with CheckpointWriter(
+        config.run_dir,
+        keep=config.trainer.keep_checkpoints,
+        in_background=config.trainer.async_checkpoints,
+        world=setup.world,
+    ) as checkpoints:
+        try:
+            while trainer.step_index < num_steps:
+                step = trainer.step_index
+                metrics, sample = trainer.train_step(interrupt)
+                logger.log(step, metrics)
+                if step % config.trainer.sample_every == 0:
+                    logger.log_rollouts(step, [sample])
+                done = trainer.step_index
+                if done == num_steps or (every and done % every == 0):
+                    saved = trainer.save(checkpoints)
                 with interrupt.abandonable():
-                    logger.log(done, _eval_metrics(setup.evaluate()), kind="eval")
-    except (Stopped, RewardError):  # they come between two updates: the weights are whole
-        if trainer.step_index > saved:
-            trainer.save(config.run_dir)
-        raise
+                    checkpoints.check()
+                if config.eval.every and done % config.eval.every == 0 and done < num_steps:
+                    results = setup.evaluate(interrupt, version=done)
+                    logger.log(done, _eval_metrics(results), kind="eval")
+        # They come between two updates: the weights are whole.
+        except (Stopped, RewardError, LogProbGapError):
+            if trainer.step_index > saved:
+                trainer.save(checkpoints)
+            checkpoints.finish()
+            raise
 
 
 def _eval_metrics(results: dict) -> dict[str, float]:

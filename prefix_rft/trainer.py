@@ -1,8 +1,13 @@
-"""One training step, top to bottom: generate, score, take advantages, select, update."""
+"""One training step, top to bottom: generate, score, take advantages, select, update.
+
+Each rank generates and scores its share of the prompts, then tells the others: from there on every
+rank knows the whole mini-batch, decides the same, and computes its share of the micro-batches.
+"""
 
 import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,18 +15,26 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedTokenizerBase
 
-from prefix_rft.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from prefix_rft.checkpoint import CheckpointWriter, TrainerState, load_checkpoint
 from prefix_rft.config import Config, OptimizerConfig
 from prefix_rft.data import batch_indices
 from prefix_rft.data_types import Group, MiniBatch, Problem, Rollout, TrainBatch, Update
+from prefix_rft.distributed import World, full_tensor
 from prefix_rft.interrupt import Interrupt
 from prefix_rft.ledger import Ledger
-from prefix_rft.measures import describe_group, measure_rollouts, measure_updates
+from prefix_rft.measures import (
+    check_gap,
+    describe_group,
+    log_prob_gap,
+    measure_rollouts,
+    measure_updates,
+)
 from prefix_rft.methods import make_method
 from prefix_rft.model import Policy
-from prefix_rft.packing import pack, plan_micro_batches, take_rows, token_index
+from prefix_rft.packing import filler, pack, plan_micro_batches, take_rows, token_index
 from prefix_rft.reward import Rewarder
 from prefix_rft.rollout import RolloutEngine
+from prefix_rft.rollout.serving import serving
 
 
 class Trainer:
@@ -40,8 +53,10 @@ class Trainer:
         engine: RolloutEngine,
         rewarder: Rewarder,
         problems: Sequence[Problem],
+        world: World | None = None,
     ) -> None:
         self.config = config
+        self.world = World() if world is None else world
         self.policy = policy
         self.tokenizer = tokenizer
         self.engine = engine
@@ -50,11 +65,12 @@ class Trainer:
         self.method = make_method(config)
         self.updates_per_step = config.trainer.prompts_per_step // config.trainer.prompts_per_update
         self.optimizer = torch.optim.AdamW(
-            policy.model.parameters(),
+            [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
             weight_decay=config.optimizer.weight_decay,
+            fused=policy.device.type == "cuda" or None,
         )
         self.step_index = 0  # steps done
 
@@ -65,12 +81,11 @@ class Trainer:
             the step's metrics by name, and one group of rollouts described for the report.
         """
         ledger = Ledger()
-        with ledger.timer("time/step_s"):
-            with interrupt.abandonable():
-                groups = self.rollouts(ledger)
-                mini_batches = self.mini_batches(groups)
-                if self.updates_per_step > 1:
-                    mini_batches = [self.with_old_log_probs(each, ledger) for each in mini_batches]
+        with ledger.phase("step"):
+            groups = self.rollouts(ledger, interrupt)
+            mini_batches = self.mini_batches(groups)
+            if self.updates_per_step > 1:
+                mini_batches = [self.with_old_log_probs(each, ledger) for each in mini_batches]
             lr = learning_rate(
                 self.step_index, self.config.optimizer, self.config.trainer.num_steps
             )
@@ -79,7 +94,6 @@ class Trainer:
             ledger.add("optim/lr", lr)
             updates = [self.update(mini_batch, ledger) for mini_batch in mini_batches]
             self.step_index += 1
-            self.engine.update_weights(self.policy.model, version=self.step_index)
         measure_rollouts(ledger, groups, self.tokenizer, self.rewarder.has_answer)
         measure_updates(ledger, groups, updates)
         metrics = ledger.result()
@@ -87,48 +101,57 @@ class Trainer:
         metrics["throughput/tokens_per_s"] = num_tokens / seconds
         return metrics, describe_group(groups, updates, self.tokenizer)
 
-    def save(self, run_dir: Path) -> int:
-        """Write a checkpoint; returns the steps done in it."""
-        state = TrainerState(
-            step=self.step_index,
-            data_fingerprint=fingerprint(self.problems),
-        )
-        keep = self.config.trainer.keep_checkpoints
-        save_checkpoint(run_dir, self.policy.model, self.optimizer, state, keep=keep)
+    def save(self, checkpoints: CheckpointWriter) -> int:
+        """Write a checkpoint; returns the steps done in it. Collective."""
+        state = TrainerState(step=self.step_index, data_fingerprint=fingerprint(self.problems))
+        checkpoints.save(self.policy.model, self.optimizer, state)
         return self.step_index
 
     def restore(self, checkpoint: Path) -> None:
-        """Take up the weights, the optimizer and the step of a checkpoint."""
+        """Take up the weights, the optimizer and the step of a checkpoint. Collective."""
         state = load_checkpoint(
             checkpoint,
             self.policy.model,
             self.optimizer,
             data_fingerprint=fingerprint(self.problems),
+            world=self.world,
         )
         self.step_index = state.step
-        self.engine.update_weights(self.policy.model, version=self.step_index)
 
-    def rollouts(self, ledger: Ledger) -> list[Group]:
-        """Generate and score the groups of this step."""
+    def rollouts(self, ledger: Ledger, interrupt: Interrupt) -> list[Group]:
+        """The groups of this step, generated and scored."""
         config, step = self.config, self.step_index
         for name, value in self.method.schedule(step).items():
             ledger.add(name, value)
         order = batch_indices(
             len(self.problems), config.trainer.prompts_per_step, step, config.seed
         )
-        planned = [
-            (self.problems[i], request)
-            for i in order
-            for request in self.method.plan_group(self.problems[i], step)
+        with ExitStack() as stack:
+            with ledger.phase("push"):
+                stack.enter_context(serving(self.engine, self.policy, version=step))
+            with interrupt.abandonable(at_once=not self.engine.is_collective):
+                share = self.generate([self.problems[i] for i in self.world.share(order)], ledger)
+        return [
+            Group(problem=self.problems[i], rollouts=rollouts)
+            for i, rollouts in zip(order, self.world.merge(share), strict=True)
         ]
-        with ledger.timer("time/generate_s"):
+
+    def generate(self, problems: Sequence[Problem], ledger: Ledger) -> list[tuple[Rollout, ...]]:
+        """The scored rollouts of one group for each of `problems`."""
+        config, step = self.config, self.step_index
+        planned = [
+            (problem, request)
+            for problem in problems
+            for request in self.method.plan_group(problem, step)
+        ]
+        with ledger.phase("generate"):
             completions = self.engine.generate(
                 [request for _, request in planned],
                 temperature=config.rollout.temperature,
-                seed=(config.seed << 32) + step,
+                seed=(config.seed << 32) + step * self.world.size + self.world.rank,
                 weights_version=step,
             )
-        with ledger.timer("time/reward_s"):
+        with ledger.phase("reward"):
             texts = [
                 self.tokenizer.decode(r.prefix_ids + c.token_ids, skip_special_tokens=True)
                 for (_, r), c in zip(planned, completions, strict=True)
@@ -150,10 +173,7 @@ class Trainer:
             )
         ]
         size = config.rollout.group_size
-        return [
-            Group(problem=self.problems[i], rollouts=tuple(rollouts[k * size : (k + 1) * size]))
-            for k, i in enumerate(order)
-        ]
+        return [tuple(rollouts[k : k + size]) for k in range(0, len(rollouts), size)]
 
     def mini_batches(self, groups: Sequence[Group]) -> list[MiniBatch]:
         """`prompts_per_update` groups each; one in which no rollout has a gradient is left out."""
@@ -171,34 +191,49 @@ class Trainer:
     def with_old_log_probs(self, mini_batch: MiniBatch, ledger: Ledger) -> MiniBatch:
         """The log-probs of the policy that generated, for updates that move away from it."""
         batch = mini_batch.batch
-        with ledger.timer("time/old_policy_s"):
+        with ledger.phase("old_policy"):
             log_probs, _ = self.token_stats(batch, range(len(batch.lengths)))
+        check_gap(log_prob_gap(batch, log_probs), self.config.rollout.max_log_prob_gap)
         return replace(mini_batch, batch=replace(batch, old_log_probs=log_probs))
 
     def update(self, mini_batch: MiniBatch, ledger: Ledger) -> Update:
         """Select prefix tokens, sum the gradient over micro-batches, take one optimizer step.
 
         A gradient that is not finite is dropped, and counted.
+
+        Raises:
+            LogProbGapError: the engine sampled from something else; nothing was updated.
         """
         config, batch = self.config, mini_batch.batch
-        with ledger.timer("time/old_policy_s"):
+        with ledger.phase("old_policy"):
             hybrid = [i for i, row in enumerate(mini_batch.rows) if row.rollout.is_hybrid]
             _, entropy = self.token_stats(batch, hybrid)
             selected = self.method.select(entropy, batch, seed=self.step_index)
             batch = replace(batch, selected_mask=selected)
-        with ledger.timer("time/update_s"):
+        with ledger.phase("update"):
             normalizer = mini_batch.num_rollouts * config.rollout.max_response_length
-            log_probs = torch.zeros_like(entropy)
+            # On the host, for the loss to know how many rows it computes: one wait an update.
+            is_active = (batch.response_mask & (~batch.prefix_mask | selected)).cpu()
+            log_probs, active_entropy = torch.zeros_like(entropy), torch.zeros_like(entropy)
             losses = []
-            for rows in plan_micro_batches(batch.lengths, config.trainer.micro_batch_tokens):
-                out = self.method.loss(self.policy, take_rows(batch, rows), normalizer)
-                out.loss.backward()
+            for rows in self.micro_batches(batch.lengths):
                 index = token_index(batch, rows)
-                log_probs[index] = out.log_probs
-                entropy[index] = torch.where(batch.prefix_mask[index], entropy[index], out.entropy)
-                losses.append(out)
+                part = take_rows(batch, rows) if rows else filler(batch)
+                active_rows = is_active[index.cpu()].nonzero()[:, 0].to(index.device)
+                part = replace(part, active_rows=active_rows)
+                out = self.method.loss(self.policy, part, normalizer)
+                out.loss.backward()
+                log_probs[index] = out.log_probs[: len(index)]
+                active_entropy[index] = out.entropy[: len(index)]
+                losses.append(out.metrics | {"loss": out.loss.detach()})
+            sums = {name: sum(each[name] for each in losses) for name in losses[0]}
+            del sums["ratio_max"]  # no sum
+            self.world.sum_(log_probs, active_entropy, *sums.values())
+            if batch.old_log_probs is None:
+                check_gap(log_prob_gap(batch, log_probs), config.rollout.max_log_prob_gap)
             parameters = self.policy.model.parameters()
-            grad_norm = clip_grad_norm_(parameters, config.optimizer.max_grad_norm).item()
+            grad_norm = clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+            grad_norm = full_tensor(grad_norm).item()
             if math.isfinite(grad_norm):
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -206,9 +241,9 @@ class Trainer:
             rows=mini_batch.rows,
             batch=batch,
             log_probs=log_probs,
-            entropy=entropy,
-            loss=sum(out.loss.detach() for out in losses),
-            sums={name: sum(out.metrics[name] for out in losses) for name in losses[0].metrics},
+            entropy=torch.where(batch.prefix_mask, entropy, active_entropy),
+            loss=sums.pop("loss"),
+            sums=sums,
             grad_norm=grad_norm,
         )
 
@@ -218,13 +253,19 @@ class Trainer:
         """Log-probs and entropy of `rows` under the current policy, [T] each; 0 on other rows."""
         log_probs = torch.zeros_like(batch.advantages)
         entropy = torch.zeros_like(batch.advantages)
-        lengths = [batch.lengths[row] for row in rows]
-        for picks in plan_micro_batches(lengths, self.config.trainer.micro_batch_tokens):
+        for picks in self.micro_batches([batch.lengths[row] for row in rows]):
             part = [rows[pick] for pick in picks]
+            stats = self.policy.token_stats(take_rows(batch, part) if part else filler(batch))
             index = token_index(batch, part)
-            stats = self.policy.token_stats(take_rows(batch, part))
-            log_probs[index], entropy[index] = stats.log_probs, stats.entropy
+            log_probs[index] = stats.log_probs[: len(index)]
+            entropy[index] = stats.entropy[: len(index)]
+        self.world.sum_(log_probs, entropy)
         return log_probs, entropy
+
+    def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """This rank's: rows by index; an empty one keeps the rank in step with the others."""
+        budget = self.config.trainer.micro_batch_tokens
+        return plan_micro_batches(lengths, budget, self.world.size)[self.world.rank]
 
 
 def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefix_rft.checkpoint import CheckpointError, list_checkpoints, load_model_weights
+from prefix_rft.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    list_checkpoints,
+    load_model_weights,
+)
 from prefix_rft.interrupt import Interrupt
 from tests.tiny import make_model, make_trainer
 
@@ -26,6 +31,11 @@ def run(trainer, num_steps: int) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.startswith(timed)} for r in records]
 
 
+def save(trainer, run_dir: Path, *, in_background: bool = False) -> None:
+    with CheckpointWriter(run_dir, keep=2, in_background=in_background) as checkpoints:
+        trainer.save(checkpoints)
+
+
 def is_equal(model, other) -> bool:
     return all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
 
@@ -35,7 +45,7 @@ def saved(tmp_path: Path) -> Path:
     """A run folder with one checkpoint, of step 2."""
     trainer = make_trainer(CONFIG)
     run(trainer, 2)
-    trainer.save(tmp_path)
+    save(trainer, tmp_path)
     return tmp_path
 
 
@@ -64,10 +74,10 @@ def test_generators_are_restored(saved: Path) -> None:
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    trainer = make_trainer(CONFIG | {"trainer": CONFIG["trainer"] | {"keep_checkpoints": 2}})
+    trainer = make_trainer(CONFIG)
     for _ in range(4):
         run(trainer, 1)
-        trainer.save(tmp_path)
+        save(trainer, tmp_path)
     names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert sorted(names) == ["step-000003", "step-000004"]
 
@@ -75,7 +85,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 def test_saving_the_same_step_again_is_safe(saved: Path) -> None:
     trainer = make_trainer(CONFIG)
     trainer.restore(list_checkpoints(saved)[-1])
-    trainer.save(saved)
+    save(trainer, saved)
     trainer.restore(list_checkpoints(saved)[-1])
 
 
@@ -121,7 +131,7 @@ def test_a_checkpoint_of_another_format_is_refused(saved: Path) -> None:
     description = json.loads((checkpoint / "trainer.json").read_text())
     (checkpoint / "trainer.json").write_text(json.dumps(description | {"format": 99}))
     (checkpoint / "manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="expected format 1, got 99"):
+    with pytest.raises(CheckpointError, match="expected format 2, got 99"):
         make_trainer(CONFIG).restore(checkpoint)
 
 
@@ -137,7 +147,8 @@ def test_a_checkpoint_of_other_data_is_refused(saved: Path) -> None:
         trainer.restore(list_checkpoints(saved)[-1])
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(saved: Path) -> None:
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_full_disk_leaves_the_last_good_checkpoint(saved: Path, in_background: bool) -> None:
     trainer = make_trainer(CONFIG)
     trainer.restore(list_checkpoints(saved)[-1])
     run(trainer, 1)
@@ -145,10 +156,25 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(saved: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # writes fail past 4 KiB
     try:
         with pytest.raises(CheckpointError, match="step 3 could not be written.*step-000002"):
-            trainer.save(saved)
+            save(trainer, saved, in_background=in_background)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in (saved / "checkpoints").iterdir()] == ["step-000002"]
     make_trainer(CONFIG).restore(list_checkpoints(saved)[-1])
-    trainer.save(saved)  # room again: the run goes on
+    save(trainer, saved)  # room again: the run goes on
     assert list_checkpoints(saved)[-1].name == "step-000003"
+
+
+def test_in_the_background_the_weights_of_the_step_are_written(tmp_path: Path) -> None:
+    trainer = make_trainer(CONFIG)
+    run(trainer, 1)
+    then = copy.deepcopy(trainer.policy.model)
+    with CheckpointWriter(tmp_path, keep=2, in_background=True) as checkpoints:
+        trainer.save(checkpoints)
+        run(trainer, 1)  # while it is written
+        checkpoints.finish()
+        [checkpoint] = list_checkpoints(tmp_path)
+        checkpoints.check()
+    model = make_model(len(trainer.tokenizer), seed=1)
+    load_model_weights(checkpoint, model)
+    assert is_equal(model, then) and not is_equal(model, trainer.policy.model)

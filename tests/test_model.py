@@ -192,7 +192,14 @@ def test_a_tokenizer_larger_than_the_lm_head_is_refused(tiny_model):
 
 
 def test_logits_of_an_unknown_form_are_refused(tiny_model):
-    tiny_model.lm_head.register_forward_hook(lambda module, args, output: output * 1.5)
+    forward = tiny_model.forward
+
+    def scaled(**inputs: object) -> object:
+        output = forward(**inputs)
+        output.logits *= 1.5
+        return output
+
+    tiny_model.forward = scaled
     with pytest.raises(ConfigError, match="Qwen2ForCausalLM is not supported: the logits"):
         Policy(tiny_model, temperature=1.0, vocab_size=VOCAB)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefix_rft.data_types import Rollout, TrainRow
-from prefix_rft.packing import pack, plan_micro_batches, take_rows, token_index
+from prefix_rft.packing import filler, pack, plan_micro_batches, take_rows, token_index
 
 
 def make_row(prompt, response, prefix_length, advantage=1.0, prefix_advantage=2.0) -> TrainRow:
@@ -59,16 +59,38 @@ def test_token_index_puts_values_back() -> None:
     assert torch.equal(values, batch.position_ids.float())
 
 
-@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 100))
-def test_micro_batches_hold_every_row_once_within_the_budget(lengths, max_tokens) -> None:
-    plan = plan_micro_batches(lengths, max_tokens)
-    assert sorted(row for rows in plan for row in rows) == list(range(len(lengths)))
-    for rows in plan:
-        assert len(rows) == 1 or sum(lengths[row] for row in rows) <= max_tokens
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 100), st.integers(1, 5))
+def test_micro_batches_hold_every_row_once_within_the_budget(lengths, max_tokens, ranks) -> None:
+    plan = plan_micro_batches(lengths, max_tokens, ranks)
+    assert len({len(rounds) for rounds in plan}) == 1 and len(plan) == ranks
+    bins = [rows for rounds in plan for rows in rounds]
+    assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
+    for rows in bins:
+        assert len(rows) <= 1 or sum(lengths[row] for row in rows) <= max_tokens
 
 
 @pytest.mark.parametrize(
-    ("lengths", "plan"), [([3, 9, 4, 2], [[1], [2, 0, 3]]), ([], []), ([30], [[0]])]
+    ("lengths", "ranks", "plan"),
+    [
+        ([3, 9, 4, 2], 1, [[[1], [2, 0, 3]]]),
+        ([3, 9, 4, 2], 2, [[[1]], [[2, 0, 3]]]),
+        ([30], 2, [[[0]], [[]]]),
+        ([5, 5, 5], 2, [[[0, 2]], [[1]]]),
+        ([], 2, [[], []]),
+    ],
 )
-def test_the_longest_row_goes_first(lengths, plan) -> None:
-    assert plan_micro_batches(lengths, 10) == plan
+def test_the_longest_row_goes_first_and_ranks_share_evenly(lengths, ranks, plan) -> None:
+    assert plan_micro_batches(lengths, 10, ranks) == plan
+
+
+@given(st.lists(st.integers(1, 60), min_size=8, max_size=40))
+def test_ranks_of_a_round_carry_like_loads(lengths) -> None:
+    for rows in zip(*plan_micro_batches(lengths, 60, 4), strict=True):
+        loads = sorted(sum(lengths[row] for row in part) for part in rows)
+        assert loads[-1] - loads[0] <= max(lengths)
+
+
+def test_a_filler_adds_nothing() -> None:
+    batch = pack_cpu([make_row(range(n), range(4), 1) for n in (4, 1, 2)])
+    filled = filler(batch)
+    assert filled.lengths == (4,) and not filled.response_mask.any()

@@ -14,54 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prefix_rft.checkpoint import CheckpointError
-from prefix_rft.config import UserError, config_from_dict, save_config
+from prefix_rft.config import Config, UserError, save_config
 from prefix_rft.run import evaluate_model, export_checkpoint, train
-from tests.tiny import make_model, make_tokenizer
-
-CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+from tests.tiny import make_run
 
 
 @pytest.fixture
-def config(tmp_path: Path):
-    """A run of a few steps over a tiny random model and a file of problems."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "base")
-    make_model(len(tokenizer)).save_pretrained(tmp_path / "base")
-    rows = [
-        {"prompt": f"add {i}+{i}", "answer": str(2 * i), "demonstration": f"{i}+{i}={2 * i}\n"}
-        for i in range(12)
-    ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return config_from_dict(
-        {
-            "name": "tiny",
-            "output_dir": str(tmp_path / "run"),
-            "data": {
-                "path": str(tmp_path / "data.jsonl"),
-                "num_eval": 4,
-                "max_prompt_tokens": 32,
-            },
-            "model": {"path": str(tmp_path / "base")},
-            "reward": {"function": "tests.test_run:even_length"},
-            "rollout": {"group_size": 4, "max_response_length": 16},
-            "optimizer": {"lr": 1e-3},
-            "trainer": {
-                "num_steps": 4,
-                "prompts_per_step": 4,
-                "prompts_per_update": 2,
-                "checkpoint_every": 2,
-                "sample_every": 2,
-            },
-            "eval": {"num_samples": 2},
-            "log": {"progress": "plain"},
-        }
-    )
-
-
-def even_length(completions: list[str], **columns: object) -> list[float]:
-    """A reward that needs no mathematics."""
-    return [float(len(text) % 2 == 0) for text in completions]
+def config(tmp_path: Path) -> Config:
+    return make_run(tmp_path)
 
 
 def step_records(run_dir: Path) -> list[dict]:

@@ -94,7 +94,7 @@ def largest_difference(model, other) -> float:
 def test_update_equals_the_straight_line_script() -> None:
     trainer = make_trainer(CONFIG)
     model = copy.deepcopy(trainer.policy.model)
-    groups = trainer.rollouts(Ledger())
+    groups = trainer.rollouts(Ledger(), Interrupt())
     assert any(len({r.reward for r in group.rollouts}) == 1 for group in groups)  # one is left out
 
     loss, num_kept, num_prefix = straight_line_update(trainer.config, model, groups)
@@ -113,7 +113,7 @@ def test_update_equals_the_straight_line_script() -> None:
 def test_several_updates_keep_the_ratio_to_the_policy_that_generated() -> None:
     trainer = make_trainer(CONFIG | {"trainer": CONFIG["trainer"] | {"prompts_per_update": 2}})
     config, model = trainer.config, copy.deepcopy(trainer.policy.model)
-    groups = trainer.rollouts(Ledger())
+    groups = trainer.rollouts(Ledger(), Interrupt())
 
     def response_log_probs(rollout):
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
@@ -153,7 +153,7 @@ def test_update_does_not_depend_on_micro_batches(change: str, monkeypatch) -> No
         monkeypatch.setattr(
             trainer_module,
             "plan_micro_batches",
-            lambda *args: [rows[::-1] for rows in plan(*args)[::-1]],
+            lambda *args: [[rows[::-1] for rows in rounds[::-1]] for rounds in plan(*args)],
         )
         budget = 64
     else:
@@ -199,7 +199,7 @@ def test_a_skipped_push_of_weights_is_caught(monkeypatch) -> None:
 
 def test_hybrid_rollouts_replace_ordinary_ones() -> None:
     trainer = make_trainer(CONFIG)
-    for group in trainer.rollouts(Ledger()):
+    for group in trainer.rollouts(Ledger(), Interrupt()):
         assert [rollout.is_hybrid for rollout in group.rollouts] == [False, False, False, True]
         hybrid = group.rollouts[-1]
         demonstration = group.problem.demonstration_ids

@@ -1,4 +1,7 @@
-"""A trainer over a tiny random model, whose rewards are a rule on the text."""
+"""A trainer, and a run, over a tiny random model, whose rewards are a rule on the text."""
+
+import json
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -11,6 +14,7 @@ from prefix_rft.reward import Score
 from prefix_rft.rollout.transformers_engine import TransformersEngine
 from prefix_rft.trainer import Trainer
 
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+-= \n"
 
 
@@ -25,7 +29,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(vocab_size: int, *, seed: int = 0) -> Qwen2ForCausalLM:
+def make_model(vocab_size: int, *, seed: int = 0, tied: bool = False) -> Qwen2ForCausalLM:
     """Random weights, large enough for distributions that are not flat; 4 padded columns."""
     torch.manual_seed(seed)
     config = Qwen2Config(
@@ -38,6 +42,7 @@ def make_model(vocab_size: int, *, seed: int = 0) -> Qwen2ForCausalLM:
         initializer_range=0.2,
         eos_token_id=1,
         pad_token_id=0,
+        tie_word_embeddings=tied,
     )
     return Qwen2ForCausalLM(config)
 
@@ -96,3 +101,45 @@ def make_trainer(values: dict, *, num_problems: int = 4) -> Trainer:
         rewarder=RuleRewarder(),
         problems=make_problems(tokenizer, num_problems),
     )
+
+
+def make_run(folder: Path, *, tied: bool = False, **sections: dict) -> Config:
+    """The configuration of a run of a few steps over a tiny random model and a file of problems.
+
+    Args:
+        folder: where model, data and run folder go.
+        sections: fields by section, over those given here.
+    """
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder / "base")
+    make_model(len(tokenizer), tied=tied).save_pretrained(folder / "base")
+    rows = [
+        {"prompt": f"add {i}+{i}", "answer": str(2 * i), "demonstration": f"{i}+{i}={2 * i}\n"}
+        for i in range(12)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "data": {"path": str(folder / "data.jsonl"), "num_eval": 4, "max_prompt_tokens": 32},
+        "model": {"path": str(folder / "base"), "device": "cpu"},
+        "reward": {"function": "tests.tiny:even_length"},
+        "rollout": {"group_size": 4, "max_response_length": 16},
+        "optimizer": {"lr": 1e-3},
+        "trainer": {
+            "num_steps": 4,
+            "prompts_per_step": 4,
+            "prompts_per_update": 2,
+            "checkpoint_every": 2,
+            "sample_every": 2,
+        },
+        "eval": {"num_samples": 2},
+        "log": {"progress": "plain"},
+    }
+    for section, fields in sections.items():
+        values[section] = values.get(section, {}) | fields
+    return config_from_dict({"name": "tiny", "output_dir": str(folder / "run")} | values)
+
+
+def even_length(completions: list[str], **columns: object) -> list[float]:
+    """A reward that needs no mathematics."""
+    return [float(len(text) % 2 == 0) for text in completions]

@@ -4,18 +4,20 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.config import Config
 from prefix_rft.data_types import Completion, RolloutRequest
-from prefix_rft.loading import eos_token_ids, resolve_autocast_dtype, resolve_device
+from prefix_rft.loading import eos_token_ids, resolve_autocast_dtype
+from prefix_rft.model import Policy
 
 
 class RolloutEngine(Protocol):
     """Generates with the weights of the last `update_weights`, numbered `weights_version`."""
 
-    shares_module: bool  # it generates with the trainer's own module, which must then be whole
-    weights_version: int | None  # None: it holds no weights
+    weights_version: int | None  # None: it holds none
+    shares_module: bool  # generates by the trainer's own module, which must be whole meanwhile
+    is_collective: bool  # ranks wait for each other in `generate`
 
     def update_weights(self, model: nn.Module, version: int) -> None:
         """Take over the weights of `model`, a transformers causal language model. Collective."""
@@ -23,6 +25,10 @@ class RolloutEngine(Protocol):
 
     def sleep(self) -> None:
         """Give up the memory that training can use; `update_weights` may have to come next."""
+        ...
+
+    def close(self) -> None:
+        """End what the engine has started, while its ranks can still talk. Collective."""
         ...
 
     def generate(
@@ -46,17 +52,17 @@ class RolloutEngine(Protocol):
 
 
 def make_engine(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase
 ) -> RolloutEngine:
-    """The engine `rollout.engine`, holding the weights of `model` as version 0. Collective.
+    """The engine `rollout.engine` for the model of `policy`. Collective.
 
     Raises:
         ConfigError: the engine is not installed, or cannot run the model as asked.
     """
+    model = policy.model
     shared = {
         "vocab_size": len(tokenizer),
         "eos_token_ids": eos_token_ids(model, tokenizer),
-        "autocast_dtype": resolve_autocast_dtype(config.model),
         "max_batch_sequences": config.rollout.max_batch_sequences,
     }
     if config.rollout.engine == "vllm":
@@ -64,18 +70,22 @@ def make_engine(
 
         responses = (config.rollout.max_response_length, config.eval.max_response_length or 0)
         max_length = config.data.max_prompt_tokens + max(responses)
-        engine = VLLMEngine(
+        return VLLMEngine(
             model,
             config=config.vllm,
-            device=resolve_device(config.model),
+            device=policy.device,
             max_length=max_length,
+            autocast_dtype=resolve_autocast_dtype(config.model),
             **shared,
         )
-        engine.update_weights(model, version=0)
-        return engine
     from prefix_rft.rollout.transformers_engine import TransformersEngine
 
-    return TransformersEngine(model, pad_token_id=tokenizer.pad_token_id, **shared)
+    return TransformersEngine(
+        model,
+        pad_token_id=tokenizer.pad_token_id,
+        autocast_dtype=policy.autocast_dtype,
+        **shared,
+    )
 
 
 def check_call(

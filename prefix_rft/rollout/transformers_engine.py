@@ -33,6 +33,9 @@ class TransformersEngine:
             [1, columns of the lm_head].
     """
 
+    shares_module = True
+    is_collective = False
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -50,7 +53,6 @@ class TransformersEngine:
             raise ValueError("eos_token_ids: expected at least one id, got none")
         if max_batch_sequences < 1:
             raise ValueError(f"max_batch_sequences: expected at least 1, got {max_batch_sequences}")
-        self.shares_module = True
         self.weights_version = 0
         self._model = model
         self._eos_token_ids = tuple(eos_token_ids)
@@ -66,6 +68,9 @@ class TransformersEngine:
 
     def sleep(self) -> None:
         """Nothing to give up: the weights are the trainer's, and no cache outlives `generate`."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def generate(
         self,

@@ -46,6 +46,10 @@ class VLLMEngine:
         ValueError: no end-of-sequence token below `vocab_size`.
     """
 
+    shares_module = False
+
+    shares_module = False
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -58,7 +62,7 @@ class VLLMEngine:
         max_batch_sequences: int,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        self.shares_module = False
+        self.is_collective = config.tensor_parallel_size > 1
         self.weights_version: int | None = None
         self._dtype = autocast_dtype or model.dtype
         self._vocab_size = vocab_size
@@ -66,6 +70,8 @@ class VLLMEngine:
         self._bucket_bytes = config.weight_bucket_mib * _MIB
         self._can_sleep = device.type == "cuda" if config.sleep is None else config.sleep
         self._is_asleep = False
+        # The CPU head packs its weight when it is loaded: a tied one would stay as it was.
+        self._unties = device.type != "cuda"
         if not self._stop_token_ids:
             raise ValueError(f"eos_token_ids: expected an id below {vocab_size}, got none")
         if self._can_sleep and device.type != "cuda":
@@ -77,7 +83,8 @@ class VLLMEngine:
                 "model.device: vLLM takes the first visible device; choose it by "
                 f"CUDA_VISIBLE_DEVICES, got {device}"
             )
-        num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self._starts_world = not dist.is_initialized()  # vLLM's alone
+        num_ranks = 1 if self._starts_world else dist.get_world_size()
         if num_ranks % config.tensor_parallel_size:
             raise ConfigError(
                 f"vllm.tensor_parallel_size: expected a divisor of the {num_ranks} processes, "
@@ -90,7 +97,7 @@ class VLLMEngine:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", max_length)
         self._max_length = min(max_length, limit)
         with TemporaryDirectory() as folder:
-            _write_config(model, vocab_size, Path(folder))
+            _write_config(model, Path(folder), vocab_size=vocab_size, unties=self._unties)
             try:
                 self._llm = self._vllm.LLM(
                     folder,
@@ -119,7 +126,11 @@ class VLLMEngine:
         if self._is_asleep:
             self._llm.wake_up(["weights"])
         weights = engine_weights(
-            model, vocab_size=self._vocab_size, dtype=self._dtype, bucket_bytes=self._bucket_bytes
+            model,
+            vocab_size=self._vocab_size,
+            dtype=self._dtype,
+            bucket_bytes=self._bucket_bytes,
+            unties=self._unties,
         )
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self._is_asleep:
@@ -135,6 +146,14 @@ class VLLMEngine:
             self.weights_version = None  # what would be generated now comes from garbage
             self._is_asleep = True
             self._llm.sleep(level=2)
+
+    def close(self) -> None:
+        """End vLLM's process groups while those of the trainer still live, with which it began."""
+        if self._starts_world:
+            self._llm.llm_engine.engine_core.shutdown()
+        else:
+            self._vllm.distributed.destroy_model_parallel()
+            self._vllm.distributed.get_world_group().destroy()
 
     def generate(
         self,
@@ -214,18 +233,23 @@ def request_seed(seed: int, index: int) -> int:
 
 
 def engine_weights(
-    model: nn.Module, *, vocab_size: int, dtype: torch.dtype, bucket_bytes: int
+    model: nn.Module,
+    *,
+    vocab_size: int,
+    dtype: torch.dtype,
+    bucket_bytes: int,
+    unties: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of `model` in `dtype` under their Hugging Face names, cut to the vocabulary.
 
     Sharded weights are cast, then gathered, as many at a time as fit into `bucket_bytes`, or one
     that does not. Every rank gathers a bucket before it hands out the first weight of it. A tied
-    weight comes once, under its first name.
+    weight comes once, under its first name, or, with `unties`, under each.
     """
-    weights: dict[int, tuple[str, torch.Tensor]] = {}
+    weights: dict[int | str, tuple[str, torch.Tensor]] = {}
     # The state dict comes first: it shards again what a forward has left gathered.
     for name, weight in model.state_dict(keep_vars=True).items():
-        weights.setdefault(id(weight), (name, weight))
+        weights.setdefault(name if unties else id(weight), (name, weight))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     by_token = {id(embedding.weight), id(head.weight), id(getattr(head, "bias", None))}
 
@@ -265,7 +289,7 @@ def _completion(output: object) -> Completion:
     )
 
 
-def _write_config(model: PreTrainedModel, vocab_size: int, folder: Path) -> None:
+def _write_config(model: PreTrainedModel, folder: Path, *, vocab_size: int, unties: bool) -> None:
     """config.json as vLLM needs it: the trainer's overrides in it, the padded columns not."""
     model.config.save_pretrained(folder)
     file = folder / "config.json"
@@ -274,6 +298,8 @@ def _write_config(model: PreTrainedModel, vocab_size: int, folder: Path) -> None
     text_values["vocab_size"] = vocab_size
     # The head's GEMM writes float32, as the trainer's does: bfloat16 logits cost 0.03 in log-prob.
     text_values["head_dtype"] = "float32"
+    if unties:
+        values["tie_word_embeddings"] = text_values["tie_word_embeddings"] = False
     values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)].__name__]
     file.write_text(json.dumps(values))
 

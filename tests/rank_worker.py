@@ -1,0 +1,40 @@
+"""What each rank of tests/test_distributed.py runs, under torchrun.
+
+    rank_worker.py CONFIG.toml GROUPS OUT
+
+One training step of the configuration on the pickled groups; rank 0 writes weights and metrics.
+"""
+
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+from prefix_rft.config import load_config
+from prefix_rft.distributed import World, full_tensor
+from prefix_rft.interrupt import Interrupt
+from prefix_rft.loading import resolve_device
+from prefix_rft.run import Setup
+
+
+def step(config_file: str, groups_file: str, out: str) -> None:
+    config = load_config(config_file)
+    groups = pickle.loads(Path(groups_file).read_bytes())
+    with (
+        World(config.sharding, resolve_device(config.model)) as world,
+        Setup(config, config.model.path, world) as setup,
+    ):
+        trainer = setup.trainer()
+        if groups is not None:
+            trainer.rollouts = lambda ledger, interrupt: groups
+        metrics, sample = trainer.train_step(Interrupt(world))
+        named = dict(setup.policy.model.named_parameters())
+        weights = {name: full_tensor(weight.detach()) for name, weight in named.items()}
+        assert len({repr(each) for each in world.gather(sample)}) == 1
+        if world.is_main:
+            torch.save({"weights": weights, "metrics": metrics}, out)
+
+
+if __name__ == "__main__":
+    step(*sys.argv[1:])
