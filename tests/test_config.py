@@ -33,6 +33,8 @@ def toml_values(expected: Any) -> st.SearchStrategy:
         return st.one_of([toml_values(option) for option in options if option is not type(None)])
     if kind is Literal:
         return st.sampled_from(options)
+    if kind is tuple and options[-1] is Ellipsis:
+        return st.lists(toml_values(options[0]), max_size=2)
     if kind is tuple:
         return st.tuples(*map(toml_values, options)).map(list)
     if kind is dict:
