@@ -158,8 +158,9 @@ class CheckpointWriter:
             shutil.rmtree(target.with_name(f".partial-{target.name}"), ignore_errors=True)
             kept = list_checkpoints(self.run_dir)
             raise CheckpointError(
-                f"checkpoint of step {checkpoint_step(target)} could not be written to {target.parent}: "
-                f"{_root_cause(error)}; the last good one is {kept[-1] if kept else 'none'}"
+                f"checkpoint of step {checkpoint_step(target)} could not be written to "
+                f"{target.parent}: {_root_cause(error)}; the last good one is "
+                f"{kept[-1] if kept else 'none'}"
             ) from error
 
 

@@ -22,6 +22,11 @@ from torch.distributed.tensor import DTensor
 from prefix_rft.config import ConfigError, ShardingConfig, UserError
 
 T = TypeVar("T")
+_GLOO = "gloo"  # in the text of its errors, which have no class of their own
+
+
+class LostRankError(UserError):
+    """A rank cannot reach the others any more."""
 
 
 class World:
@@ -74,11 +79,19 @@ class World:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, *exc: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, *trace: object) -> None:
         """Collective at the end of a run that went well; else the process just ends."""
-        if self.mesh is not None and kind is None:
+        if self.mesh is not None and error is None:
             dist.barrier()  # nobody leaves while another still talks to it
             dist.destroy_process_group()
+        if isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and _GLOO in str(error)
+        ):
+            reason = str(error).strip().splitlines()[0]
+            raise LostRankError(
+                f"rank {self.rank}: another rank is gone, or silent for longer than "
+                f"sharding.timeout_s ({reason}); the last checkpoint is whole: --resume"
+            ) from error
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's part of `items`: every size-th."""

@@ -115,11 +115,17 @@ class Rewarder:
             return []
         if self._function is not None:
             return self._score_by_function(self._function, completions, problems)
-        return self._score_by_grader(completions, problems)
+        scores = self.grade(completions, problems)
+        self.check(scores, completions, problems)
+        return scores
 
-    def _score_by_grader(
-        self, completions: Sequence[str], problems: Sequence[Problem]
-    ) -> list[Score]:
+    @property
+    def in_background(self) -> bool:
+        """Whether `grade` and `check` do what `score` does, and `grade` may run in a thread."""
+        return self._grader is not None
+
+    def grade(self, completions: Sequence[str], problems: Sequence[Problem]) -> list[Score]:
+        """The math grader's scores, whatever their share of errors."""
         answers = [extract_answer(text, self._answer_pattern) for text in completions]
         found = [i for i, answer in enumerate(answers) if answer is not None]
         golds = [clean_answer(problems[i].answer) for i in found]
@@ -128,14 +134,20 @@ class Rewarder:
             found, self._grader.grade(golds, [answers[i] for i in found]), strict=True
         ):
             statuses[i] = status
-        errors = [i for i, status in enumerate(statuses) if status == "error"]
-        if len(errors) > self._config.max_error_share * len(statuses):
-            example = f"{answers[errors[0]]!r:.200} against {problems[errors[0]].answer!r:.200}"
+        return [Score(reward=float(status == "correct"), status=status) for status in statuses]
+
+    def check(
+        self, scores: Sequence[Score], completions: Sequence[str], problems: Sequence[Problem]
+    ) -> None:
+        """Raise RewardError where too many of the grader's scores are errors."""
+        errors = [i for i, score in enumerate(scores) if score.status == "error"]
+        if len(errors) > self._config.max_error_share * len(scores):
+            answer = extract_answer(completions[errors[0]], self._answer_pattern)
+            example = f"{answer!r:.200} against {problems[errors[0]].answer!r:.200}"
             raise RewardError(
-                f"the grader failed on {len(errors)} of {len(statuses)} responses, more than "
+                f"the grader failed on {len(errors)} of {len(scores)} responses, more than "
                 f"reward.max_error_share = {self._config.max_error_share} allows; one was {example}"
             )
-        return [Score(reward=float(status == "correct"), status=status) for status in statuses]
 
     def _score_by_function(
         self, function: RewardFunction, completions: Sequence[str], problems: Sequence[Problem]

@@ -159,8 +159,10 @@ class Setup:
     def __enter__(self) -> "Setup":
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type | None, *exc: object) -> None:
         self.rewarder.close()
+        if kind is None:  # else other ranks may be gone, and the process ends
+            self.engine.close()
 
     def trainer(self) -> Trainer:
         return Trainer(

@@ -18,7 +18,15 @@ from transformers import PreTrainedTokenizerBase
 from prefix_rft.checkpoint import CheckpointWriter, TrainerState, load_checkpoint
 from prefix_rft.config import Config, OptimizerConfig
 from prefix_rft.data import batch_indices
-from prefix_rft.data_types import Group, MiniBatch, Problem, Rollout, TrainBatch, Update
+from prefix_rft.data_types import (
+    Completion,
+    Group,
+    MiniBatch,
+    Problem,
+    Rollout,
+    TrainBatch,
+    Update,
+)
 from prefix_rft.distributed import World, full_tensor
 from prefix_rft.interrupt import Interrupt
 from prefix_rft.ledger import Ledger
@@ -35,6 +43,7 @@ from prefix_rft.packing import filler, pack, plan_micro_batches, take_rows, toke
 from prefix_rft.reward import Rewarder
 from prefix_rft.rollout import RolloutEngine
 from prefix_rft.rollout.serving import serving
+from prefix_rft.scoring import Scoring
 
 
 class Trainer:
@@ -144,19 +153,24 @@ class Trainer:
             for problem in problems
             for request in self.method.plan_group(problem, step)
         ]
-        with ledger.phase("generate"):
-            completions = self.engine.generate(
-                [request for _, request in planned],
-                temperature=config.rollout.temperature,
-                seed=(config.seed << 32) + step * self.world.size + self.world.rank,
-                weights_version=step,
-            )
-        with ledger.phase("reward"):
-            texts = [
-                self.tokenizer.decode(r.prefix_ids + c.token_ids, skip_special_tokens=True)
-                for (_, r), c in zip(planned, completions, strict=True)
-            ]
-            scores = self.rewarder.score(texts, [problem for problem, _ in planned])
+        texts = [""] * len(planned)
+        with Scoring(self.rewarder, [problem for problem, _ in planned]) as scoring:
+
+            def score(index: int, completion: Completion) -> None:
+                ids = planned[index][1].prefix_ids + completion.token_ids
+                texts[index] = self.tokenizer.decode(ids, skip_special_tokens=True)
+                scoring.add(index, texts[index])
+
+            with ledger.phase("generate"):
+                completions = self.engine.generate(
+                    [request for _, request in planned],
+                    temperature=config.rollout.temperature,
+                    seed=(config.seed << 32) + step * self.world.size + self.world.rank,
+                    weights_version=step,
+                    on_done=score,
+                )
+            with ledger.phase("reward"):  # of what is still to be graded
+                scores = scoring.scores()
         rollouts = [
             Rollout(
                 prompt_ids=request.prompt_ids,

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prefix_rft.checkpoint import list_checkpoints, load_checkpoint
+from prefix_rft.checkpoint import list_checkpoints
 from prefix_rft.config import Config, ConfigError, ShardingConfig, save_config
 from prefix_rft.distributed import World
 from prefix_rft.interrupt import Interrupt
@@ -93,15 +94,92 @@ def test_one_step_equals_that_of_one_process(
             assert result["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
-def train_on_ranks(config: Config, folder: Path, *, ranks: int = 2, **options) -> subprocess.Popen:
+def train_on_ranks(config: Config, folder: Path, *, ranks: int = 2) -> subprocess.Popen:
+    """`prefix-rft train CONFIG --resume` under torchrun."""
     save_config(config, folder / "run.toml")
     command = ["-m", "prefix_rft.cli", "train", folder / "run.toml", "--resume"]
-    return torchrun(*command, ranks=ranks, **options)
+    return torchrun(*command, ranks=ranks)
+
+
+def with_steps(config: Config, **fields: object) -> Config:
+    return replace(config, trainer=replace(config.trainer, **fields))
 
 
 def final_weights(config: Config) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(config.run_dir / "model").state_dict()
 
 
-def with_steps(config: Config, **fields) -> Config:
-    return replace(config, trainer=replace(config.trainer, **fields))
+def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def rank_processes(launcher: subprocess.Popen) -> dict[int, int]:
+    """Process ids by rank."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    ranks = {}
+    for pid in map(int, children):
+        variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        ranks |= {int(v.removeprefix("RANK=")): pid for v in variables if v.startswith("RANK=")}
+    return ranks
+
+
+def test_two_ranks_stopped_by_sigterm_save_and_go_on_as_if_never_stopped(tmp_path) -> None:
+    config = with_steps(make_run(tmp_path), num_steps=30, checkpoint_every=0)
+    process = train_on_ranks(config, tmp_path)
+    metrics = config.run_dir / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and '"kind": "train"' in metrics.read_text(), process)
+    ranks = rank_processes(process)
+    assert sorted(ranks) == [0, 1]
+    for pid in ranks.values():
+        os.kill(pid, signal.SIGTERM)
+    output_of(process)  # torchrun reports 0, so both ranks ended with 0
+    [checkpoint] = list_checkpoints(config.run_dir)
+    assert 1 <= int(checkpoint.name.removeprefix("step-")) < 30
+
+    output_of(train_on_ranks(config, tmp_path))
+    whole = replace(config, output_dir=str(tmp_path / "uninterrupted"))
+    output_of(train_on_ranks(whole, tmp_path))
+    ours, theirs = final_weights(config), final_weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_killed_rank_ends_the_others_and_leaves_the_last_checkpoint(tmp_path) -> None:
+    config = with_steps(make_run(tmp_path), num_steps=10_000, checkpoint_every=2)
+    process = train_on_ranks(config, tmp_path)
+    wait_for(lambda: len(list_checkpoints(config.run_dir)) == 2, process)
+    os.kill(rank_processes(process)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "rank 0: another rank is gone" in output and "--resume" in output
+    checkpoint = list_checkpoints(config.run_dir)[-1]
+    with Setup(config, config.model.path, World()) as setup:  # one process reads what two wrote
+        trainer = setup.trainer()
+        trainer.restore(checkpoint)
+    assert trainer.step_index == int(checkpoint.name.removeprefix("step-"))
+
+
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 1)])
+def test_a_checkpoint_goes_from_one_number_of_ranks_to_another(tmp_path, ranks) -> None:
+    """Two steps on one number of ranks, then none on the other: the same weights come out."""
+    config = with_steps(make_run(tmp_path), num_steps=2)
+    results = []
+    for number in ranks:
+        if number == 1:
+            train(config, resume=True)
+        else:
+            output_of(train_on_ranks(config, tmp_path, ranks=number))
+        results.append(final_weights(config))
+        # Evaluation, export and summary of the finished run are done again from its checkpoint.
+        (config.run_dir / "summary.json").unlink()
+    first, second = results
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_replicas_must_divide_the_processes(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="sharding.replicas: expected a divisor of the 3"):
+        World(ShardingConfig(replicas=2))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prefix_rft.config import EvalConfig
-from prefix_rft.evaluate import bootstrap_interval, evaluate, pass_at_k
+from prefix_rft.evaluate import answer, bootstrap_interval, pass_at_k, summarize
 from tests.tiny import make_trainer
 
 
@@ -30,7 +30,7 @@ def test_interval_holds_the_mean_and_shrinks_with_data() -> None:
 def test_figures_of_an_evaluation() -> None:
     trainer = make_trainer({"rollout": {"group_size": 2, "max_response_length": 12}})
     trainer.rewarder.rule = lambda text, problem: float(problem.index < 3)
-    results = evaluate(
+    answers = answer(
         trainer.problems,
         trainer.engine,
         trainer.rewarder,
@@ -39,6 +39,7 @@ def test_figures_of_an_evaluation() -> None:
         max_response_length=12,
         seed=0,
     )
+    results = summarize(answers)
     assert results["num_problems"] == 4
     assert results["greedy"] == results["avg@4"] == results["pass@4"] == 0.75
     assert results["statuses"] == {"correct": 12, "wrong": 4}

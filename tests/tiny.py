@@ -50,6 +50,8 @@ def make_model(vocab_size: int, *, seed: int = 0, tied: bool = False) -> Qwen2Fo
 class RuleRewarder:
     """Scores by `rule(text, problem)`; problem 0 is always right, so that its group is left out."""
 
+    in_background = False
+
     def __init__(self) -> None:
         self.rule = lambda text, problem: float(problem.index == 0 or sum(map(ord, text)) % 3 == 0)
 

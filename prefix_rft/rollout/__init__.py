@@ -1,6 +1,6 @@
 """Rollout engines: what generates completions for a list of requests."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import nn
@@ -10,6 +10,9 @@ from prefix_rft.config import Config
 from prefix_rft.data_types import Completion, RolloutRequest
 from prefix_rft.loading import eos_token_ids, resolve_autocast_dtype
 from prefix_rft.model import Policy
+
+
+OnDone = Callable[[int, Completion], None]
 
 
 class RolloutEngine(Protocol):
@@ -38,10 +41,12 @@ class RolloutEngine(Protocol):
         temperature: float,
         seed: int,
         weights_version: int,
+        on_done: OnDone | None = None,
     ) -> list[Completion]:
         """One completion per request, in order.
 
         Args:
+            on_done: called with the index of a request and its completion, as soon as it is there.
             temperature: of the sampling and of the log-probs; 0 is greedy, with log-probs at 1.
             seed: equal requests, seed and weights give equal tokens.
         Raises:

@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from prefix_rft.data_types import Completion, RolloutRequest
-from prefix_rft.rollout import check_call
+from prefix_rft.rollout import OnDone, check_call
 
 _NOT_FORCED = -1  # in place of a token id
 _COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are dropped from the cache
@@ -79,10 +79,13 @@ class TransformersEngine:
         temperature: float,
         seed: int,
         weights_version: int,
+        on_done: OnDone | None = None,
     ) -> list[Completion]:
         """One completion per request, in order.
 
         Temperature 0 is greedy, with log-probs at temperature 1.
+
+        Completions of one batch are told by `on_done` when the whole batch is done.
 
         Equal requests, seed and weights give equal tokens, bit for bit on one machine.
 
@@ -115,9 +118,11 @@ class TransformersEngine:
             for start in range(0, len(order), self._max_batch_sequences):
                 indices = order[start : start + self._max_batch_sequences]
                 batch = [requests[i] for i in indices]
-                completions.update(
-                    zip(indices, self._generate_batch(batch, temperature, generator), strict=True)
-                )
+                done = self._generate_batch(batch, temperature, generator)
+                completions.update(zip(indices, done, strict=True))
+                if on_done is not None:
+                    for index, completion in zip(indices, done, strict=True):
+                        on_done(index, completion)
         return [completions[i] for i in range(len(requests))]
 
     def _generate_batch(
