@@ -1,27 +1,30 @@
-"""A projection to logits, a tile of rows at a time, and the sums of its gradients.
+"""A projection to logits, a tile of rows at a time, and the sums of its gradients (E9).
 
-T rows, V classes, D hidden size. One buffer of `[tile_rows, V]` serves all tiles.
+T rows, V classes, D hidden size, R that of a low-rank term. One buffer of `[tile_rows, V]` serves
+all tiles.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import _backends, _check
-from .token_stats import check_rows
+from . import _backends, _gemm
 from .torch_backend import at, default_scratch, row_bytes, stats_dtype
 
 # Enough rows that reading and writing dW once a tile is small beside the tile's GEMMs.
 _TILE_ROWS = {"cpu": 256, "cuda": 2048}
+_COUNTING_DEVICES = ("cpu",)  # where the number of marked rows may be read
 
 
-class Head(NamedTuple):
+@dataclass(frozen=True)
+class Head:
     """One call's projection, and how much of it is done at a time."""
 
-    hidden: Tensor  # [T, D]
+    hidden: Tensor  # [T, D + R]
     weight: Tensor  # [V, D], padding cut off
+    low_rank: Tensor | None  # [V, R]: beside the weight, without being one matrix with it
     bias: Tensor | None  # [V]
     targets: Tensor  # [T]
     temperature: float | Tensor  # or [T]
@@ -34,6 +37,15 @@ class Head(NamedTuple):
     def dtype(self) -> torch.dtype:
         return stats_dtype(self.hidden.dtype)
 
+    @property
+    def operand_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        return _gemm.operand_dtypes(self.hidden.dtype, self.dtype, self.hidden.device)
+
+    def parts(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What meets the weight, and what meets the low-rank term."""
+        width = self.weight.shape[1]
+        return hidden[:, :width], hidden[:, width:]
+
     def new_tile(self) -> Tensor:
         """The buffer of all tiles of a call."""
         num_rows = min(self.tile_rows, len(self.hidden))
@@ -45,21 +57,24 @@ class Head(NamedTuple):
             yield tile, self.project(tile, buffer[: len(tile)])
 
     def project(self, tile: Tensor, out: Tensor) -> Tensor:
-        hidden = self.hidden[tile].to(self.dtype)
-        for classes, weight in self.pieces():
-            torch.mm(hidden, weight.t(), out=out[:, classes])
+        dtype, _ = self.operand_dtypes
+        hidden, inner = self.parts(self.hidden[tile].to(dtype))
+        for classes, weight in self.pieces(dtype):
+            _gemm.mm(hidden, weight.t(), out[:, classes])
+        if self.low_rank is not None:
+            _gemm.addmm(inner, self.low_rank.t().to(dtype), out)
         return out if self.bias is None else out.add_(self.bias)
 
-    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the dtype of the logits: whole if it is so already, else by classes."""
+    def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in `dtype`: whole if it is so already, else by classes."""
         num_classes, width = self.weight.shape
-        size = num_classes
-        if self.weight.dtype != self.dtype:
+        size = max(1, num_classes)
+        if self.weight.dtype != dtype:
             # Half of the scratch: a piece is let go only when the next one is there.
-            size = max(1, self.scratch_bytes // (2 * width * self.dtype.itemsize))
+            size = max(1, self.scratch_bytes // (2 * width * dtype.itemsize))
         for start in range(0, num_classes, size):
             classes = slice(start, start + size)
-            yield classes, self.weight[classes].to(self.dtype)
+            yield classes, self.weight[classes].to(dtype)
 
     def new_stats(self) -> tuple[Tensor, Tensor, Tensor]:
         """Zeros for log_probs [T], entropy [T] and what the backend saves [T, k]."""
@@ -74,43 +89,87 @@ class Head(NamedTuple):
         for into, part in zip(out, found, strict=True):
             into[tile] = part
 
-    def grad(self, tile: Tensor, logits: Tensor, *rows: Tensor | None) -> None:
-        """Overwrites logits by their gradient; rows: entropy, saved, dlog_probs, dentropy."""
+    def grad(self, tile: Tensor, logits: Tensor, *rows: Tensor | None) -> Tensor:
+        """The gradient by logits, over them if in their dtype.
+
+        rows: entropy, saved, dlog_probs, dentropy of the tile.
+        """
+        _, dtype = self.operand_dtypes
+        out = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
         _backends.module(self.backend).row_grad(
-            logits, logits, self.targets[tile], at(self.temperature, tile), self.softcap,
-            *rows, self.scratch_bytes,
+            out, logits, self.targets[tile], at(self.temperature, tile), self.softcap, *rows,
+            self.scratch_bytes,
         )  # fmt: skip
+        return out
+
+    def share(self, dhidden: Tensor) -> None:
+        """Called with the whole gradient of the hidden states."""
 
 
 class Grads:
     """Sums of the gradients over tiles, in the dtype of the statistics; only those asked for."""
 
-    def __init__(self, head: Head, needs: Sequence[bool], num_classes: int) -> None:
-        self.head = head
-        shapes = (head.hidden.shape, (num_classes, head.hidden.shape[1]), (num_classes,))
-        self.hidden, self.weight, self.bias = (
-            head.hidden.new_zeros(shape if need else 0, dtype=head.dtype)
-            for shape, need in zip(shapes, needs, strict=True)
-        )
-        self.needs = needs
+    def __init__(
+        self, head: Head, needs: Sequence[bool], num_classes: int, dweight: Tensor | None = None
+    ) -> None:
+        """`dweight`: the gradient of the weight is added to it, and is not among the results."""
+        hidden = head.hidden
+        shapes = [hidden.shape, (num_classes, head.weight.shape[1]), (0,), (num_classes,)]
+        if head.low_rank is not None:
+            shapes[2] = (num_classes, head.low_rank.shape[1])
+        # The weight's, by far the largest, is written by the first tile.
+        wanted = wanted_results(needs, dweight)
+        new = (hidden.new_zeros, hidden.new_empty, hidden.new_zeros, hidden.new_zeros)
+        self._sums = [
+            make(shape if need else 0, dtype=head.dtype)
+            for make, shape, need in zip(new, shapes, wanted, strict=True)
+        ]
+        self._head, self._needs, self._dweight = head, needs, dweight
+        self._num_tiles = 0
 
     def add(self, tile: Tensor, dlogits: Tensor) -> None:
-        head, (for_hidden, for_weight, for_bias) = self.head, self.needs
+        head, (dhidden, dweight, dlow_rank, dbias) = self._head, self._sums
+        hidden, inner = head.parts(head.hidden[tile].to(dlogits.dtype))
+        num_classes = len(head.weight)
+        for_hidden, for_weight, for_low_rank, for_bias = self._needs
         if for_hidden:
-            dhidden = self.hidden.new_zeros(len(tile), head.hidden.shape[1])
-            for classes, weight in head.pieces():
-                dhidden.addmm_(dlogits[:, classes], weight)
-            self.hidden[tile] = dhidden
-        if for_weight:
-            hidden = head.hidden[tile].to(head.dtype)
-            self.weight[: dlogits.shape[1]].addmm_(dlogits.t(), hidden)
+            rows = dhidden.new_zeros(len(tile), dhidden.shape[1])
+            drows, dinner = head.parts(rows)
+            for classes, weight in head.pieces(dlogits.dtype):
+                _gemm.addmm(dlogits[:, classes], weight, drows)
+            if head.low_rank is not None:
+                _gemm.addmm(dlogits, head.low_rank.to(dlogits.dtype), dinner)
+            dhidden[tile] = rows
+        if for_weight and self._dweight is not None:
+            _gemm.addmm(dlogits.t(), hidden, self._dweight[:num_classes])
+        elif for_weight:
+            product = _gemm.addmm if self._num_tiles else _gemm.mm
+            product(dlogits.t(), hidden, dweight[:num_classes])
+        if for_low_rank:
+            _gemm.addmm(dlogits.t(), inner, dlow_rank[:num_classes])
         if for_bias:
-            self.bias[: dlogits.shape[1]] += dlogits.sum(0)
+            dbias[:num_classes] += dlogits.sum(0, dtype=dbias.dtype)
+        self._num_tiles += 1
+
+    def finish(self) -> tuple[Tensor, ...]:
+        """Gradients of hidden states, weight, low-rank term and bias; empty if not asked for."""
+        dhidden, dweight = self._sums[:2]
+        dweight[len(self._head.weight) if self._num_tiles else 0 :] = 0
+        if self._needs[0]:
+            self._head.share(dhidden)
+        return tuple(self._sums)
+
+
+def wanted_results(needs: Sequence[bool], dweight: Tensor | None) -> list[bool]:
+    """Which gradients are results of a pass: the weight's only without a buffer to add it to."""
+    for_hidden, for_weight, *others = needs
+    return [for_hidden, for_weight and dweight is None, *others]
 
 
 def make_head(
     hidden: Tensor,
     weight: Tensor,
+    low_rank: Tensor | None,
     bias: Tensor | None,
     targets: Tensor,
     row_temperature: Tensor | None,
@@ -122,18 +181,24 @@ def make_head(
 ) -> Head:
     """Shares the workspace out: a tile of logits, and scratch for the primitive or the weight."""
     dtype = stats_dtype(hidden.dtype)
-    scratch = min(default_scratch(hidden.device), workspace_bytes // 4)
-    scratch = max(scratch, row_bytes(vocab_size, dtype))
+    operands = _gemm.operand_dtypes(hidden.dtype, dtype, hidden.device)
+    scratch = 0
+    if backend == "torch" or operands[1] != hidden.dtype:
+        scratch = min(default_scratch(hidden.device), workspace_bytes // 4)
+        scratch = max(scratch, row_bytes(vocab_size, dtype))
+    logit_bytes = dtype.itemsize + (0 if operands[1] == dtype else operands[1].itemsize)
     most = _TILE_ROWS.get(hidden.device.type, _TILE_ROWS["cuda"])
+    tile_rows = (workspace_bytes - scratch) // (vocab_size * logit_bytes)
     return Head(
         hidden=hidden,
         weight=weight[:vocab_size],
+        low_rank=None if low_rank is None else low_rank[:vocab_size],
         bias=None if bias is None else bias[:vocab_size],
         targets=targets,
         temperature=temperature if row_temperature is None else row_temperature,
         softcap=softcap,
         backend=backend,
-        tile_rows=max(1, min(most, (workspace_bytes - scratch) // (vocab_size * dtype.itemsize))),
+        tile_rows=max(1, min(most, tile_rows)),
         scratch_bytes=scratch,
     )
 
@@ -145,7 +210,7 @@ def split_rows(
 
     On a device their number must come from the host: from `active_rows`, or it is all of them.
     """
-    if valid.device.type == "cpu":
+    if valid.device.type in _COUNTING_DEVICES:
         return active.nonzero().squeeze(-1), (valid & ~active).nonzero().squeeze(-1)
     if active_rows is None:
         every = torch.arange(len(valid), device=valid.device)
@@ -153,49 +218,3 @@ def split_rows(
     listed = torch.zeros_like(valid, dtype=torch.int32).index_fill(0, active_rows, 1)
     num_others = 0 if only_active else len(valid) - len(active_rows)
     return active_rows, listed.argsort(stable=True)[:num_others]
-
-
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    vocab_size: int | None,
-    workspace_bytes: int,
-    backend: str,
-    row_mask: Tensor | None,
-) -> tuple[tuple, Tensor]:
-    """Checks and flattens the arguments of make_head; and the rows [T] that have an output."""
-    _check.tensor("hidden", hidden)
-    if hidden.dim() == 0:
-        raise ValueError("hidden must be [..., D], got a 0-dim tensor")
-    shape, width = hidden.shape[:-1], hidden.shape[-1]
-    _check.tensor("lm_head_weight", weight, dtypes=(hidden.dtype,), like=hidden)
-    if weight.dim() != 2 or weight.shape[1] != width or len(weight) == 0:
-        raise ValueError(
-            f"lm_head_weight must be [V, {width}] with V at least 1, got {list(weight.shape)}"
-        )
-    if bias is not None:
-        _check.tensor("bias", bias, dtypes=(hidden.dtype,), shape=weight.shape[:1], like=hidden)
-    if vocab_size is None:
-        vocab_size = len(weight)
-    _check.integer("vocab_size", vocab_size, least=1, most=len(weight))
-    _check.integer("workspace_bytes", workspace_bytes, least=1)
-    if softcap is not None:
-        _check.number("softcap", softcap, above=0)
-    valid = check_rows(hidden, shape, targets, temperature, row_mask, vocab_size)
-    per_row = isinstance(temperature, Tensor)
-    return (
-        hidden.reshape(-1, width),
-        weight,
-        bias,
-        targets.reshape(-1),
-        temperature.detach().reshape(-1) if per_row else None,
-        1.0 if per_row else float(temperature),
-        None if softcap is None else float(softcap),
-        vocab_size,
-        workspace_bytes,
-        _backends.resolve(backend, hidden.device),
-    ), valid.reshape(-1)

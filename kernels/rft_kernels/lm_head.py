@@ -16,6 +16,7 @@ from .token_stats import TokenStats
 
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # of the logits, in configs
 _EXACT = ("old_log_probs", "advantages", "response_mask", "prefix_mask")  # leading loss inputs
+_Operands = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]  # weight, bias, low_rank
 
 
 class _LossForward:
@@ -50,10 +51,11 @@ class _LossForward:
         """
         if targets is None:
             return super().forward(hidden)
-        hidden, weight, bias = self._operands(hidden)
+        weight, bias, low_rank = self._operands(hidden)
         dtype = _forward_dtype(weight)
         options = {
             "bias": None if bias is None else bias.to(dtype),
+            "low_rank": None if low_rank is None else tuple(x.to(dtype) for x in low_rank),
             "softcap": self.softcap,
             "temperature": temperature * self.logits_divisor,
             "vocab_size": self.vocab_size,
@@ -66,8 +68,8 @@ class _LossForward:
         # FSDP2 hangs its backward on outputs, which therefore may not be views.
         return TokenStats(*(x.clone() for x in linear_token_stats(*arguments, **options)))
 
-    def _operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return hidden, self.weight, self.bias
+    def _operands(self, hidden: Tensor) -> _Operands:
+        return self.weight, self.bias, None
 
 
 class LMHead(_LossForward, nn.Linear):
@@ -83,26 +85,24 @@ class LMHead(_LossForward, nn.Linear):
 
 
 class _LoRAOperands(_LossForward):
-    """A peft LoRA layer: x = h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T."""
+    """A peft LoRA layer: h W^T + s (h A^T) B^T, the low-rank term of the ops."""
 
-    def _operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _operands(self, hidden: Tensor) -> _Operands:
         base = self.base_layer
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged:
-            names = []
-        parts, weights = [hidden], [base.weight]
+        if self.disable_adapters or self.merged or not names:
+            return base.weight, base.bias, None
+        inner, up = [], []
         for name in names:
-            down, up = self.lora_A[name], self.lora_B[name]
-            if name in self.lora_variant or up.bias is not None:
+            a, b = self.lora_A[name], self.lora_B[name]
+            if name in self.lora_variant or b.bias is not None:
                 raise ValueError(f"adapter {name!r}: expected plain LoRA, without DoRA or a bias")
-            inner = down(self.lora_dropout[name](hidden.to(down.weight.dtype)))
-            parts.append((inner * self.scaling[name]).to(hidden.dtype))
-            weights.append(up.weight.to(base.weight.dtype))
-        if not names:
-            return hidden, base.weight, base.bias
-        return torch.cat(parts, -1), torch.cat(weights, -1), base.bias
+            rows = self.lora_dropout[name](hidden.to(a.weight.dtype))
+            inner.append(a(rows) * self.scaling[name])
+            up.append(b.weight)
+        return base.weight, base.bias, (torch.cat(inner, -1), torch.cat(up, -1))
 
 
 def patch_lm_head(

@@ -205,11 +205,11 @@ class _KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, loss: Tensor, normalizer: float | Tensor, num_inputs: int, *tensors: Tensor
+        ctx, loss: Tensor, normalizer: float | Tensor, sinks: list[Tensor | None], *tensors: Tensor
     ) -> Tensor:
-        ctx.normalizer = normalizer
-        ctx.dtypes = [x.dtype for x in tensors[:num_inputs]]
-        ctx.save_for_backward(*tensors[num_inputs:])
+        ctx.normalizer, ctx.sinks = normalizer, sinks
+        ctx.dtypes = [x.dtype for x in tensors[: len(sinks)]]
+        ctx.save_for_backward(*tensors[len(sinks) :])
         return (loss / normalizer).to(loss.dtype)
 
     @staticmethod
@@ -220,19 +220,30 @@ class _KnownGradient(torch.autograd.Function):
             torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
         )
         scale = (dloss / ctx.normalizer).to(dloss.dtype)
-        scaled = [x * scale if keep else x.mul_(scale) for x in ctx.saved_tensors]
-        grads = [x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)]
+        grads = []
+        for x, dtype, sink in zip(ctx.saved_tensors, ctx.dtypes, ctx.sinks, strict=True):
+            if sink is not None:
+                sink.addcmul_(x, scale)
+                grads.append(None)
+            else:
+                grads.append((x * scale if keep else x.mul_(scale)).to(dtype))
         return None, None, None, *grads, *[None] * len(grads)
 
 
 def attach_gradient(
-    loss: Tensor, normalizer: float | Tensor, inputs: list[Tensor], dinputs: list[Tensor]
+    loss: Tensor,
+    normalizer: float | Tensor,
+    inputs: list[Tensor],
+    dinputs: list[Tensor],
+    sinks: list[Tensor | None] | None = None,
 ) -> Tensor:
     """`loss` (0-dim) over `normalizer`, differentiable in `inputs`.
 
-    `dinputs`, the derivatives of `loss`, may be overwritten by the backward.
+    `dinputs`, the derivatives of `loss`, may be overwritten by the backward. Where there is a sink,
+    the backward adds the gradient to it instead of handing it on.
     """
-    return _KnownGradient.apply(loss, normalizer, len(inputs), *inputs, *dinputs)
+    sinks = [None] * len(inputs) if sinks is None else sinks
+    return _KnownGradient.apply(loss, normalizer, sinks, *inputs, *dinputs)
 
 
 def policy_objective(
@@ -302,12 +313,12 @@ def reduce_loss(
     config: PolicyConfig,
     cu_seqlens: Tensor | None,
     normalizer: float | Tensor,
-    gradient: tuple[list[Tensor], list[Tensor]] | None = None,
+    gradient: tuple[list, ...] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the tokens' losses over `normalizer`, differentiable, and the metrics.
 
-    `gradient`: inputs and the gradients of the sum by them, where these are known already; else the
-    inputs are `log_probs` and `entropy`.
+    `gradient`: inputs, the gradients of the sum by them and their sinks (see `attach_gradient`),
+    where these are known already; else the inputs are `log_probs` and `entropy`.
     """
     log_probs = log_probs.reshape(-1)
     inputs = [log_probs] if entropy is None else [log_probs, entropy.reshape(-1)]

@@ -101,7 +101,7 @@ def finish_loss(
     normalizer: float | Tensor,
     fraction: Fraction | float | str,
     cu_seqlens: Tensor | None,
-    gradient: tuple[list[Tensor], list[Tensor]] | None = None,
+    gradient: tuple[list, ...] | None = None,
 ) -> PolicyLoss:
     """Selection, where still to be made, and the objective; `gradient`: see `reduce_loss`."""
     tokens, selected = plan.tokens, plan.selected

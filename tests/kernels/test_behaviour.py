@@ -5,7 +5,7 @@ import torch
 from kernel_cases import from_logits, gradients, loss_inputs, seeded
 from rft_kernels import (
     PolicyConfig,
-    linear,
+    _linear_ops,
     linear_prefix_rft_loss,
     linear_token_stats,
     policy_objective,
@@ -89,8 +89,8 @@ def test_logits_ops_stay_within_their_scratch(monkeypatch):
 def test_without_gradients_only_statistics_are_computed(monkeypatch):
     inputs = loss_inputs() | {"prefix_mask": None}
     expected = linear_prefix_rft_loss(**inputs)
-    for op in ("_linear_policy", "_linear_token_stats_bwd"):
-        monkeypatch.setattr(linear, op, None)
+    for op in ("policy", "token_stats_bwd"):
+        monkeypatch.setattr(_linear_ops, op, None)
     with torch.no_grad():
         found = linear_prefix_rft_loss(**inputs)
     assert torch.equal(found.loss, expected.loss) and not found.loss.requires_grad
@@ -132,12 +132,15 @@ COMPILED = {
     "sequences": SEQUENCES,
     "normalizer": {"normalizer": torch.tensor(17.0), "temperature": torch.linspace(0.5, 2, 24)},
 }
+LOW_RANK = tuple(torch.rand(n, 2, generator=seeded(2), dtype=torch.float64) for n in (24, 33))
 
 
 @pytest.mark.parametrize("extra", COMPILED.values(), ids=COMPILED)
 @pytest.mark.parametrize("op", [linear_prefix_rft_loss, prefix_rft_loss], ids=["linear", "logits"])
 def test_losses_compile_into_one_graph(op, extra):
     inputs = loss_inputs() | extra
+    if op is linear_prefix_rft_loss:
+        inputs["low_rank"] = LOW_RANK
 
     def loss(hidden, weight, bias):
         named = inputs | {"hidden": hidden, "lm_head_weight": weight, "bias": bias}
@@ -200,6 +203,18 @@ def recorded_calls() -> list[tuple]:
     with Recorder():
         for extra in ({}, rows, selected, selected | rows):
             linear_prefix_rft_loss(**inputs, **extra).loss.backward()
+            extended = (
+                inputs
+                | extra
+                | {
+                    "low_rank": (
+                        torch.ones(8, 2).double(),
+                        torch.ones(5, 2).double().requires_grad_(),
+                    ),
+                    "accumulate_dweight": torch.zeros(5, 3).double(),
+                }
+            )
+            linear_prefix_rft_loss(**extended).loss.backward()
             for inplace in (False, True):
                 from_logits(
                     prefix_rft_loss, inputs, inplace_backward=inplace, **extra

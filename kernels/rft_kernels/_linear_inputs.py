@@ -1,0 +1,86 @@
+"""The arguments that the ops from hidden states share: checked, flattened, in one order."""
+
+import torch
+from torch import Tensor
+
+from . import _backends, _check
+from .token_stats import check_rows
+
+
+def check_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    low_rank: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    vocab_size: int | None,
+    workspace_bytes: int,
+    backend: str,
+    row_mask: Tensor | None = None,
+) -> tuple[tuple, Tensor]:
+    """The arguments of `make_head`; and the rows [T] that have an output."""
+    _check.tensor("hidden", hidden)
+    if hidden.dim() == 0:
+        raise ValueError("hidden must be [..., D], got a 0-dim tensor")
+    shape, width = hidden.shape[:-1], hidden.shape[-1]
+    _check.tensor("lm_head_weight", weight, dtypes=(hidden.dtype,), like=hidden)
+    if weight.dim() != 2 or weight.shape[1] != width or len(weight) == 0:
+        raise ValueError(
+            f"lm_head_weight must be [V, {width}] with V at least 1, got {list(weight.shape)}"
+        )
+    up = None
+    if low_rank is not None:
+        hidden, up = _check_low_rank(hidden, weight, low_rank)
+    if bias is not None:
+        _check.tensor("bias", bias, dtypes=(hidden.dtype,), shape=weight.shape[:1], like=hidden)
+    if vocab_size is None:
+        vocab_size = len(weight)
+    _check.integer("vocab_size", vocab_size, least=1, most=len(weight))
+    _check.integer("workspace_bytes", workspace_bytes, least=1)
+    if softcap is not None:
+        _check.number("softcap", softcap, above=0)
+    valid = check_rows(hidden, shape, targets, temperature, row_mask, vocab_size)
+    per_row = isinstance(temperature, Tensor)
+    return (
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        up,
+        bias,
+        targets.reshape(-1),
+        temperature.detach().reshape(-1) if per_row else None,
+        1.0 if per_row else float(temperature),
+        None if softcap is None else float(softcap),
+        vocab_size,
+        workspace_bytes,
+        _backends.resolve(backend, hidden.device),
+    ), valid.reshape(-1)
+
+
+def _check_low_rank(
+    hidden: Tensor, weight: Tensor, low_rank: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Hidden states with those of the low-rank term beside them [..., D + R]; its weight [V, R]."""
+    if not isinstance(low_rank, tuple) or len(low_rank) != 2:
+        raise TypeError("low_rank must be a pair of tensors, [..., R] and [V, R]")
+    inner, up = low_rank
+    _check.tensor("low_rank[1]", up, dtypes=(hidden.dtype,), like=hidden)
+    if up.dim() != 2 or len(up) != len(weight):
+        raise ValueError(f"low_rank[1] must be [{len(weight)}, R], got {list(up.shape)}")
+    shape = (*hidden.shape[:-1], up.shape[1])
+    _check.tensor("low_rank[0]", inner, dtypes=(hidden.dtype,), shape=shape, like=hidden)
+    return torch.cat([hidden, inner], -1), up
+
+
+def check_dweight(dweight: Tensor | None, weight: Tensor) -> None:
+    """A buffer for the gradient of the weight, in the dtype of its sums."""
+    if dweight is None:
+        return
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    _check.tensor("accumulate_dweight", dweight, dtypes=(dtype,), shape=weight.shape, like=weight)
+    if not weight.requires_grad or dweight.requires_grad:
+        raise ValueError(
+            "accumulate_dweight must be a buffer without a gradient of its own, for an "
+            "lm_head_weight that requires one"
+        )

@@ -1,0 +1,77 @@
+"""What is done with the tiles of a head: statistics, gradients, or both from one projection."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._head import Grads, Head, split_rows
+from ._tokens import Tokens
+from .objective import evaluate
+from .policy_config import PolicyConfig
+from .torch_backend import at
+
+
+def stats_pass(
+    head: Head,
+    valid: Tensor,  # [T]
+    active_rows: Tensor | None,  # [N], those that may have a gradient if the caller knows them
+    only_active: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log_probs [T], entropy [T], saved [T, k]."""
+    rows, _ = split_rows(valid, valid, active_rows if only_active else None, only_active=True)
+    out = head.new_stats()
+    for tile, logits in head.tiles(rows, head.new_tile()):
+        head.stats(tile, logits, valid, out)
+    return out
+
+
+def grad_pass(
+    head: Head,
+    num_classes: int,
+    active_rows: Tensor | None,  # [N]
+    entropy: Tensor,  # [T]
+    saved: Tensor,  # [T, k]
+    dlog_probs: Tensor | None,  # [T]
+    dentropy: Tensor | None,  # [T]
+    needs: Sequence[bool],
+    dweight: Tensor | None,  # [V, D], added to
+) -> tuple[Tensor, ...]:
+    """Gradients as `Grads.finish` gives them."""
+    active = torch.zeros_like(entropy, dtype=torch.bool)
+    for scalar in (dlog_probs, dentropy):
+        if scalar is not None:
+            active = active | (scalar != 0)
+    rows, _ = split_rows(active, active, active_rows, only_active=True)
+    grads = Grads(head, needs, num_classes, dweight)
+    for tile, logits in head.tiles(rows, head.new_tile()):
+        per_row = (at(x, tile) for x in (entropy, saved, dlog_probs, dentropy))
+        grads.add(tile, head.grad(tile, logits, *per_row))
+    return grads.finish()
+
+
+def policy_pass(
+    head: Head,
+    num_classes: int,
+    valid: Tensor,  # [T]
+    active: Tensor,  # [T]
+    active_rows: Tensor | None,  # [N]
+    only_active: bool,
+    tokens: Tokens,
+    config: PolicyConfig,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """log_probs, entropy, and the gradients of the sum of the tokens' losses."""
+    rows, others = split_rows(valid, active, active_rows, only_active)
+    out = log_probs, entropy, saved = head.new_stats()
+    grads = Grads(head, needs, num_classes)
+    buffer = head.new_tile()
+    for tile, logits in head.tiles(rows, buffer):
+        head.stats(tile, logits, valid, out)
+        h = entropy[tile]
+        result = evaluate(log_probs[tile], h, tokens.at(tile), config)
+        dlogits = head.grad(tile, logits, h, saved[tile], result.dlog_probs, result.dentropy)
+        grads.add(tile, dlogits)
+    for tile, logits in head.tiles(others, buffer):
+        head.stats(tile, logits, valid, out)
+    return log_probs, entropy, *grads.finish()
