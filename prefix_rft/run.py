@@ -2,9 +2,11 @@
 
 import json
 import os
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from prefix_rft.base_model import resolve_base
 from prefix_rft.checkpoint import (
@@ -20,7 +22,13 @@ from prefix_rft.data import load_problems
 from prefix_rft.distributed import World
 from prefix_rft.evaluate import answer, summarize
 from prefix_rft.interrupt import Interrupt, Stopped
-from prefix_rft.loading import export, load_model, load_policy, load_tokenizer, resolve_device
+from prefix_rft.loading import (
+    export,
+    load_model,
+    load_policy,
+    load_tokenizer,
+    resolve_device,
+)
 from prefix_rft.measures import LogProbGapError
 from prefix_rft.metrics import MetricsLogger, NoLogger
 from prefix_rft.reward import Rewarder, RewardError
@@ -212,7 +220,8 @@ def _loop(
         try:
             while trainer.step_index < num_steps:
                 step = trainer.step_index
-                metrics, sample = trainer.train_step(interrupt)
+                with _profiled(config, step, setup.world):
+                    metrics, sample = trainer.train_step(interrupt)
                 logger.log(step, metrics)
                 if step % config.trainer.sample_every == 0:
                     logger.log_rollouts(step, [sample])
@@ -230,6 +239,16 @@ def _loop(
                 trainer.save(checkpoints)
             checkpoints.finish()
             raise
+
+
+def _profiled(config: Config, step: int, world: World) -> AbstractContextManager:
+    """A torch profiler around the steps that are to have one, on rank 0."""
+    if step not in config.trainer.profile_steps or not world.is_main:
+        return nullcontext()
+    folder = config.run_dir / "profiles"
+    folder.mkdir(exist_ok=True)
+    trace = str(folder / f"step-{step:06d}.json.gz")
+    return torch.profiler.profile(on_trace_ready=lambda p: p.export_chrome_trace(trace))
 
 
 def _eval_metrics(results: dict) -> dict[str, float]:

@@ -106,8 +106,15 @@ class Trainer:
         measure_rollouts(ledger, groups, self.tokenizer, self.rewarder.has_answer)
         measure_updates(ledger, groups, updates)
         metrics = ledger.result()
-        num_tokens, seconds = metrics["rollout/generated_tokens_sum"], metrics["time/step_s"]
-        metrics["throughput/tokens_per_s"] = num_tokens / seconds
+        num_generated = metrics["rollout/generated_tokens_sum"]
+        num_trained = sum(len(update.batch.input_ids) for update in updates)
+        for phase, num_tokens in (
+            ("step", num_generated),
+            ("generate", num_generated),
+            ("update", num_trained),
+        ):
+            if seconds := metrics.get(f"time/{phase}_s"):
+                metrics[f"throughput/{phase}_tokens_per_s"] = num_tokens / seconds
         return metrics, describe_group(groups, updates, self.tokenizer)
 
     def save(self, checkpoints: CheckpointWriter) -> int:

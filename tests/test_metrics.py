@@ -154,7 +154,7 @@ METRICS = {
     "policy/continuation_entropy_mean": math.nan,
     "time/step_s": 12.0,
     "time/generate_s": 8.25,
-    "throughput/tokens_per_s": 12345.6,
+    "throughput/step_tokens_per_s": 12345.6,
 }
 
 

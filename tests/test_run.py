@@ -1,5 +1,6 @@
 """A whole run from the command line: files it leaves, interruption, resumption."""
 
+import gzip
 import json
 import os
 import signal
@@ -56,6 +57,15 @@ def test_a_run_leaves_everything_it_promises(config) -> None:
     assert records[0]["prefix/low"] == pytest.approx(0.95)
     # Engine and trainer agree on the log-probs of what was sampled.
     assert all(record["rollout/log_prob_gap_mean"] < 1e-5 for record in records)
+
+
+def test_chosen_steps_leave_a_profile(config) -> None:
+    train(replace(config, trainer=replace(config.trainer, num_steps=2, profile_steps=(1,))))
+    [trace] = (config.run_dir / "profiles").iterdir()
+    assert trace.name == "step-000001.json.gz"
+    with gzip.open(trace) as stream:
+        names = {event["name"] for event in json.load(stream)["traceEvents"]}
+    assert any("mm" in name for name in names)
 
 
 def test_a_finished_run_is_left_as_it_is(config) -> None:

@@ -11,7 +11,6 @@ from prefix_rft.data_types import Completion, RolloutRequest
 from prefix_rft.loading import eos_token_ids, resolve_autocast_dtype
 from prefix_rft.model import Policy
 
-
 OnDone = Callable[[int, Completion], None]
 
 

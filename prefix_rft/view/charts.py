@@ -110,6 +110,7 @@ CHARTS = (
         title="Time of a step",
         unit="seconds",
         series={
+            "time/push_s": "push weights",
             "time/generate_s": "generate",
             "time/reward_s": "reward",
             "time/old_policy_s": "old policy",
@@ -121,7 +122,11 @@ CHARTS = (
     Chart(
         title="Throughput",
         unit="tokens/s",
-        series={"throughput/tokens_per_s": "tokens/s"},
+        series={
+            "throughput/step_tokens_per_s": "whole step",
+            "throughput/generate_tokens_per_s": "generation",
+            "throughput/update_tokens_per_s": "update",
+        },
         limits=(0.0, None),
     ),
     Chart(
@@ -147,7 +152,11 @@ CHARTS = (
     Chart(
         title="Log-prob gap",
         unit="nats, engine against trainer",
-        series={"rollout/log_prob_gap_mean": "mean", "rollout/log_prob_gap_max": "max"},
+        series={
+            "rollout/log_prob_gap_mean": "mean",
+            "rollout/log_prob_gap_p99": "99th percentile",
+            "rollout/log_prob_gap_max": "max",
+        },
         limits=(0.0, None),
     ),
 )

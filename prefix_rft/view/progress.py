@@ -54,13 +54,14 @@ FIGURES: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         "time",
         (
             ("", "time/step_s", "s"),
+            ("push", "time/push_s", "s"),
             ("generate", "time/generate_s", "s"),
             ("reward", "time/reward_s", "s"),
             ("old policy", "time/old_policy_s", "s"),
             ("update", "time/update_s", "s"),
         ),
     ),
-    ("speed", (("", "throughput/tokens_per_s", "tokens/s"),)),
+    ("speed", (("", "throughput/step_tokens_per_s", "tokens/s"),)),
 )
 
 

@@ -145,7 +145,7 @@ def _header(
     seconds = _values(train, "time/step_s")
     if seconds:
         tiles.append(("training", format_seconds(sum(seconds))))
-    rates = _values(train, "throughput/tokens_per_s")
+    rates = _values(train, "throughput/step_tokens_per_s")
     if rates:
         tiles.append(("median speed", format_rate(median(rates))))
     for label, before, after, _ in result_rows(summary):
