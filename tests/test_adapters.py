@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import verl_stand_in
 from rft_kernels import token_stats
 from rft_kernels.adapters import _patch, liger, trl, verl
 
@@ -345,31 +346,15 @@ def test_liger_patch(monkeypatch):
     assert len(calls) == 1 and module.triton_grpo_loss is own
 
 
-def verl_like() -> ModuleType:
-    """What verl's two functions are documented to compute."""
-    module = ModuleType("verl.utils.torch_functional")
-
-    def logprobs_from_logits(logits, labels, inplace_backward=True):
-        return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-
-    def entropy_from_logits(logits):
-        return torch.distributions.Categorical(logits=logits).entropy()
-
-    module.logprobs_from_logits = logprobs_from_logits
-    module.entropy_from_logits = entropy_from_logits
-    return module
-
-
 @pytest.fixture(params=["verl's own", "as documented"])
 def verl_functional(request, monkeypatch) -> ModuleType:
     if request.param == "verl's own":
         reason = "verl is not installed"
         return pytest.importorskip("verl.utils.torch_functional", reason=reason)
-    for name in ("verl", "verl.utils"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    module = verl_like()
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return module
+    found = verl_stand_in.modules()
+    for name, module in found.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return found["verl.utils.torch_functional"]
 
 
 def test_verl_functions(verl_functional):

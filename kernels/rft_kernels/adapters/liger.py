@@ -1,23 +1,20 @@
-"""Liger's `triton_grpo_loss`, with the signature of Liger 0.8.5, served by `token_stats`.
+"""Liger's GRPO losses, with the signatures of Liger 0.8.5: from logits and from hidden states.
 
-B sequences, L completion tokens, V classes. Liger's losses are functions of the log-probability
-alone: these are written here in O(B L) of torch, and the vocabulary-sized work is ours.
+B sequences, L completion tokens, V classes, D hidden size. Liger's losses are functions of the
+log-probability alone: `_grpo` has them in O(B L) of torch, and the vocabulary-sized work is ours.
 """
 
-import math
+from dataclasses import dataclass, fields
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rft_kernels._check import NO_TARGET
 from rft_kernels.token_stats import token_stats
 
+from ._grpo import Options, metrics, reduced, token_losses
+from ._linear import head_stats
 from ._patch import Patch, install
-
-_CLIPPED = ("grpo", "dapo", "bnpo", "dr_grpo", "luspo")
-_LOSS_TYPES = (*_CLIPPED, "cispo", "sapo", "vespo")
-_LOWEST_LOG_WEIGHT, _HIGHEST_LOG_WEIGHT = math.log(1e-8), 20.0  # of vespo
 
 
 def triton_grpo_loss(
@@ -67,21 +64,14 @@ def triton_grpo_loss(
         TypeError, ValueError: an argument of the wrong type, shape, value or combination.
     Differentiable once in `logits` through the loss. Rows outside the mask are not read.
     """
-    sequence_level = importance_sampling_level == "sequence"
-    if loss_type not in _LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(_LOSS_TYPES)}, got {loss_type!r}")
-    if importance_sampling_level not in ("token", "sequence"):
-        raise ValueError(
-            "importance_sampling_level must be 'token' or 'sequence', "
-            f"got {importance_sampling_level!r}"
-        )
-    if loss_type not in _CLIPPED and (sequence_level or delta is not None):
-        raise ValueError(f"loss_type {loss_type!r} has neither a sequence level nor delta")
-    if loss_type == "sapo" and min(sapo_temperature_pos, sapo_temperature_neg) <= 0:
-        raise ValueError("sapo_temperature_pos and sapo_temperature_neg must be above 0")
+    options = Options(
+        loss_type, importance_sampling_level, beta, eps_low, eps_high, delta,
+        use_bias_correction_kl, sapo_temperature_pos, sapo_temperature_neg,
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg,
+    )  # fmt: skip
+    options.check()
     if beta != 0 and ref_logp is None:
         raise ValueError("ref_logp must be given, as beta is not 0")
-
     if completion_mask is None:
         inside = torch.ones_like(completion_ids, dtype=torch.bool)
     else:
@@ -92,99 +82,186 @@ def triton_grpo_loss(
         logits, targets, temperature=temperature, inplace_backward=inplace
     ).log_probs[:, :-1]
     mask = inside.to(log_probs.dtype)
-    old = log_probs.detach() if old_logp is None else old_logp
-    log_ratio = torch.where(inside, log_probs - old, 0)
-    if sequence_level:
-        log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    ratio = log_ratio.exp()
-    advantage = advantages[:, None]
-    weight = vllm_is_ratio
-    if weight is not None and weight.dim() == 1:
-        weight = weight[:, None]
-
-    is_clipped = torch.zeros_like(log_probs)
-    if loss_type in _CLIPPED:
-        low, high = 1 - eps_low, 1 + eps_high
-        is_clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
-        bounded = ratio if delta is None else ratio.clamp(max=delta)
-        loss = -torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
-    elif loss_type == "cispo":
-        is_clipped = (ratio > eps_high) & (advantage > 0)
-        loss = -ratio.detach().clamp(max=eps_high) * advantage * log_probs
-    elif loss_type == "sapo":
-        steepness = torch.where(advantage > 0, sapo_temperature_pos, sapo_temperature_neg)
-        loss = -(steepness * (ratio - 1)).sigmoid() * 4 / steepness * advantage
-    else:
-        k = torch.where(advantage >= 0, vespo_k_pos, vespo_k_neg)
-        rate = torch.where(advantage >= 0, vespo_lambda_pos, vespo_lambda_neg).clamp(min=1e-4)
-        phi = _vespo_weight(log_ratio.detach(), weight, k, rate)
-        loss, weight = -phi * advantage * log_probs, None
-    if weight is not None:
-        loss = loss * weight
-    kl = None
-    if beta != 0:
-        gap = torch.where(inside, ref_logp - log_probs, 0)
-        kl = gap.exp() - gap - 1
-        kl = kl * ratio if use_bias_correction_kl else kl
-        loss = loss + beta * kl
-        kl = torch.where(inside, kl, 0).detach()
+    loss, kl, is_clipped = token_losses(
+        log_probs, old_logp, ref_logp, advantages, vllm_is_ratio, inside, mask, options
+    )
     loss = torch.where(inside, loss, 0)  # a ratio of the sequence spreads over its tokens here
-    is_clipped = torch.where(inside, is_clipped, 0).to(log_probs.dtype)
-    if not reduce:
-        return loss, kl, is_clipped
-    num_tokens = mask.sum().clamp(min=1)
-    metrics = [x.sum() / num_tokens for x in (kl, is_clipped) if x is not None]
-    return _reduced(loss, mask, loss_type, max_completion_length, num_items_in_batch), metrics
+    if reduce:
+        total = reduced(loss, mask, loss_type, max_completion_length, num_items_in_batch)
+        return total, metrics(mask, kl, is_clipped)
+    kl = None if kl is None else torch.where(inside, kl, 0).detach()
+    return loss, kl, torch.where(inside, is_clipped, False).to(log_probs.dtype)
 
 
-def _vespo_weight(
-    log_ratio: Tensor,  # [B, L], 0 outside the mask
-    weight: Tensor | None,  # [B, L] or [B, 1]
-    k: Tensor,  # [B, 1]
-    rate: Tensor,  # [B, 1]
-) -> Tensor:
-    """w^k e^(rate (1 - w)), [B, 1], w the product of a sequence's ratios and weights."""
-    low, high = _LOWEST_LOG_WEIGHT, _HIGHEST_LOG_WEIGHT
-    total = log_ratio.clamp(-high, high).sum(-1, keepdim=True)
-    if weight is not None:
-        total = total + weight.log().clamp(low, high).sum(-1, keepdim=True)
-    total = total.clamp(low, high)
-    phi = (rate + k * total - rate * total.exp()).exp()
-    return phi.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+class LigerFusedLinearGRPOFunction:
+    """What Liger's `LigerFusedLinearGRPOLoss` calls, from hidden states."""
+
+    @staticmethod
+    def apply(
+        _input: Tensor,
+        weight: Tensor,
+        selected_token_ids: Tensor,
+        attention_mask: Tensor,
+        advantages: Tensor,
+        bias: Tensor | None = None,
+        ref_per_token_logps: Tensor | None = None,
+        old_per_token_logps: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        beta: float = 0.04,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        loss_type: str = "dapo",
+        max_completion_length: int | None = None,
+        importance_sampling_level: str = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        chunk_size: int = 1,
+        vllm_is_ratio: Tensor | None = None,
+        delta: float | None = None,
+        use_bias_correction_kl: bool = False,
+        vespo_k_pos: float = 2.0,
+        vespo_lambda_pos: float = 3.0,
+        vespo_k_neg: float = 3.0,
+        vespo_lambda_neg: float = 2.0,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The losses of the GRPO family; the logits never exist whole.
+
+        Args:
+            _input: [B, L, D].
+            weight: [V, D]; cast to the dtype of `_input`, as `bias` [V] is.
+            selected_token_ids: [B, L] int.
+            attention_mask: [B, L], 0 outside the loss.
+            advantages: [B].
+            ref_per_token_logps: [B, L]; or `ref_input` [B, L, D] with `ref_weight` [V, D] and
+                `ref_bias` [V]. Needed where `use_ref_model` and `beta` is not 0.
+            old_per_token_logps: [B, L], or None: on-policy.
+            compiled, chunk_size: not needed here.
+            vllm_is_ratio: [B, L], [B, 1] or [B], the weight of the policy term.
+            others: numbers as Liger documents them.
+        Returns:
+            (loss, (mean kl where beta is not 0, mean of is_clipped)), 0-dim each.
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, shape, value or combination.
+        Differentiable once in `_input`, `weight` and `bias`. Rows outside the mask are not
+        projected, but for "luspo": Liger's mean is over padding as well, and so is this.
+        """
+        options = Options(
+            loss_type, importance_sampling_level, beta, epsilon_low, epsilon_high, delta,
+            use_bias_correction_kl, sapo_temperature_pos, sapo_temperature_neg,
+            vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg,
+        )  # fmt: skip
+        options.check()
+        if loss_type == "dr_grpo" and max_completion_length is None:
+            raise ValueError("max_completion_length must be given for loss_type 'dr_grpo'")
+        inside = attention_mask != 0
+        counted = torch.ones_like(inside) if loss_type == "luspo" else inside
+        targets = torch.where(counted, selected_token_ids, NO_TARGET)
+        log_probs = head_stats(
+            _input, weight, targets, bias=bias, temperature=temperature
+        ).log_probs
+        ref = ref_per_token_logps
+        if beta != 0 and not use_ref_model:
+            ref = log_probs.detach()
+        elif beta != 0 and ref is None:
+            if ref_input is None or ref_weight is None:
+                raise ValueError(
+                    "ref_per_token_logps, or ref_input and ref_weight, must be given: "
+                    "use_ref_model is True and beta is not 0"
+                )
+            with torch.no_grad():
+                ref = head_stats(
+                    ref_input, ref_weight, targets, bias=ref_bias, temperature=temperature
+                ).log_probs
+        mask = inside.to(log_probs.dtype)
+        loss, kl, is_clipped = token_losses(
+            log_probs, old_per_token_logps, ref, advantages, vllm_is_ratio, counted, mask, options
+        )
+        if loss_type != "luspo":
+            loss = torch.where(inside, loss, 0)
+        total = reduced(loss, mask, loss_type, max_completion_length, num_items_in_batch)
+        return total, tuple(metrics(mask, kl, is_clipped))
 
 
-def _reduced(
-    loss: Tensor,  # [B, L], 0 outside the mask
-    mask: Tensor,  # [B, L]
-    loss_type: str,
-    max_completion_length: int | None,
-    num_items_in_batch: int | Tensor | None,
-) -> Tensor:
-    lengths = mask.sum(-1)
-    if loss_type in ("grpo", "sapo"):
-        return (loss.sum(-1) / lengths.clamp(min=1)).mean()
-    if loss_type == "bnpo":
-        return loss.sum() / lengths.sum().clamp(min=1)
-    if loss_type == "dr_grpo":
-        length = loss.shape[1] if max_completion_length is None else max_completion_length
-        return loss.sum() / (len(loss) * length)
-    if loss_type == "luspo":
-        return (loss * lengths[:, None]).mean()
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if num_items_in_batch is None:
-        num_tokens = lengths.sum()
-        if ranks > 1:
-            dist.all_reduce(num_tokens)
-    else:
-        num_tokens = torch.as_tensor(num_items_in_batch, dtype=loss.dtype, device=loss.device)
-    return loss.sum() / (num_tokens / ranks).clamp(min=1)
+@dataclass(eq=False)
+class LigerFusedLinearGRPOLoss(torch.nn.Module):
+    """Liger's module of that name: its options, its call, its (loss, metrics)."""
+
+    beta: float = 0.04
+    compiled: bool = True
+    use_ref_model: bool = True
+    chunk_size: int = 1
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    loss_type: str = "dapo"
+    max_completion_length: int | None = None
+    importance_sampling_level: str = "token"
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    temperature: float = 1.0
+    delta: float | None = None
+    use_bias_correction_kl: bool = False
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def forward(
+        self,
+        _input: Tensor,
+        lin_weight: Tensor,
+        selected_token_ids: Tensor,
+        attention_mask: Tensor,
+        advantages: Tensor,
+        bias: Tensor | None = None,
+        ref_per_token_logps: Tensor | None = None,
+        old_per_token_logps: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        vllm_is_ratio: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `LigerFusedLinearGRPOFunction.apply`."""
+        return LigerFusedLinearGRPOFunction.apply(
+            _input,
+            lin_weight,
+            selected_token_ids,
+            attention_mask,
+            advantages,
+            bias,
+            ref_per_token_logps,
+            old_per_token_logps,
+            ref_input,
+            ref_weight,
+            ref_bias,
+            vllm_is_ratio=vllm_is_ratio,
+            num_items_in_batch=num_items_in_batch,
+            **{field.name: getattr(self, field.name) for field in fields(self)},
+        )
 
 
 def patch() -> Patch:
-    """Serves Liger's `triton_grpo_loss` from here, until the handle it returns is undone.
+    """Serves Liger's GRPO losses from here, until the handle it returns is undone.
+
+    A `LigerFusedLinearGRPOLoss` of Liger's that exists already is served as well.
 
     Raises:
-        ImportError: Liger, or the function, is missing.
+        ImportError: Liger, or a name expected in it, is missing.
     """
-    place = "liger_kernel.transformers.grpo_loss:triton_grpo_loss"
-    return install("liger_kernel", {place: triton_grpo_loss})
+    function = "LigerFusedLinearGRPOFunction"
+    return install(
+        "liger_kernel",
+        {
+            "liger_kernel.transformers.grpo_loss:triton_grpo_loss": triton_grpo_loss,
+            f"liger_kernel.chunked_loss.grpo_loss:{function}": LigerFusedLinearGRPOFunction,
+        },
+    )

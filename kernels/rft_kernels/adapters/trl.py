@@ -1,8 +1,8 @@
-"""TRL's log-prob and entropy helpers, with the signatures of TRL 1.16, served by `token_stats`.
+"""TRL's log-prob and entropy functions, with the signatures of TRL 1.16, from logits and hidden.
 
-One difference by intent: results are float32 whatever the logits (float64 for float64), as TRL's
-own kernels give on a GPU; its plain torch path rounds to the dtype of the logits. The GRPO trainer
-of 1.16 itself computes these inside its chunked lm_head and uses the mask alone of what is here.
+The trainers of 1.16 project their heads in `ChunkedLogProbFunction`; what takes logits serves
+others. One difference by intent: results are float32 whatever the logits (float64 for float64), as
+TRL's own kernels give on a GPU; its plain torch path rounds to the dtype of the logits.
 """
 
 from typing import Any
@@ -13,7 +13,11 @@ from torch import Tensor
 from rft_kernels.token_stats import token_stats
 from rft_kernels.torch_backend import stats_dtype
 
+from ._linear import compute_dtype, head_stats
 from ._patch import Patch, install
+
+_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_TILE_ROWS = 256
 
 
 def selective_log_softmax(
@@ -113,12 +117,101 @@ def get_high_entropy_mask(
     return values >= torch.nanquantile(pool, threshold)
 
 
+class ChunkedLogProbFunction:
+    """The head of TRL's trainers, which they call as an autograd function."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = _OUTPUTS,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Statistics of the rows of hidden @ weight.T, which never exists whole.
+
+            logits = s (hidden @ weight.T + bias),  softcap c: logits = c tanh(logits / c)
+
+        Args:
+            hidden: [N, D]; under autocast the product is in its dtype, as a linear layer's is.
+            weight, bias: [V, D], [V].
+            targets: [N] int64; -100 gives 0.
+            temperature: above 0; all outputs are of logits / temperature.
+            chunk_size: not needed here.
+            final_logit_softcapping: the c above.
+            logit_scale: the s above, greater than 0.
+            outputs: which of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1" are wanted;
+                any of the last three costs another projection.
+        Returns:
+            (log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), [N] each, None where not
+            wanted; float32 (float64 for float64 hidden), the last one bool.
+        Raises:
+            TypeError, ValueError: as `linear_token_stats`.
+            NotImplementedError: a weight that DeepSpeed ZeRO-3 has partitioned.
+        log_probs and entropy are differentiable once in `hidden`, `weight` and `bias`.
+        """
+        if hasattr(weight, "ds_id"):
+            raise NotImplementedError(
+                "weight must be whole, got one that DeepSpeed ZeRO-3 partitions again before the "
+                "backward"
+            )
+        if not logit_scale > 0:
+            raise ValueError(f"logit_scale must be greater than 0, got {logit_scale}")
+        unknown = set(outputs) - {"log_probs", *_OUTPUTS}
+        if unknown:
+            raise ValueError(
+                f"outputs must be among log_probs, {', '.join(_OUTPUTS)}, got {sorted(unknown)}"
+            )
+        # A scale before the cap is a smaller cap and temperature: exact, and in 16 bits too.
+        temperature = temperature / logit_scale
+        softcap = final_logit_softcapping
+        softcap = None if softcap is None else softcap / logit_scale
+        log_probs, entropy = head_stats(
+            hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap
+        )
+        others = _of_logits(hidden, weight, bias, targets, temperature, softcap, outputs)
+        return log_probs, entropy if "entropy" in outputs else None, *others
+
+
+@torch.no_grad()
+def _of_logits(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    temperature: float,
+    softcap: float | None,
+    outputs: tuple[str, ...],
+) -> list[Tensor | None]:
+    """What the statistics do not have, those of `outputs`: metrics of TRL's, of no gradient."""
+    functions = {
+        "log_sum_sq_probs": lambda z, y: (2 * z).logsumexp(-1) - 2 * z.logsumexp(-1),
+        "mean_logits": lambda z, y: z.mean(-1),
+        "is_top1": lambda z, y: z.argmax(-1) == y,
+    }
+    found: dict[str, list[Tensor]] = {name: [] for name in functions if name in outputs}
+    dtype = compute_dtype(hidden)
+    for rows, y in zip(hidden.split(_TILE_ROWS), targets.split(_TILE_ROWS), strict=True):
+        if found:
+            z = torch.nn.functional.linear(
+                rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            ).to(stats_dtype(dtype))
+            z = z if softcap is None else softcap * (z / softcap).tanh()
+            for name, parts in found.items():
+                parts.append(functions[name](z / temperature, y))
+    return [torch.cat(found[name]) if name in found else None for name in functions]
+
+
 def _get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
     return get_high_entropy_mask(entropies, mask, threshold, accelerator=self.accelerator)
 
 
 def patch() -> Patch:
-    """Serves TRL's trainers from here, until the handle it returns is undone.
+    """Serves TRL's trainers from here, built already or not, until the handle is undone.
 
     Raises:
         ImportError: TRL, or a name expected in it, is missing.
@@ -130,6 +223,7 @@ def patch() -> Patch:
             f"{utils}:selective_log_softmax": selective_log_softmax,
             f"{utils}:entropy_from_logits": entropy_from_logits,
             f"{utils}:selective_log_softmax_and_entropy": selective_log_softmax_and_entropy,
+            "trl.kernels:ChunkedLogProbFunction": ChunkedLogProbFunction,
             "trl.trainer.grpo_trainer:GRPOTrainer.get_high_entropy_mask": _get_high_entropy_mask,
         },
     )

@@ -1,13 +1,15 @@
-"""verl's log-prob and entropy helpers, with the signatures of its `torch_functional`.
+"""verl's log-prob and entropy functions, with the signatures of verl 0.9.1: from logits and hidden.
 
 Results are float32 whatever the logits (float64 for float64).
 """
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from rft_kernels.token_stats import token_stats
 
+from ._linear import head_stats
 from ._patch import Patch, install
 
 
@@ -32,6 +34,62 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
     return token_stats(logits, labels).entropy
 
 
+def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
+    """Entropy of softmax(logits), [...], nats; differentiable. `chunk_size` is not needed here."""
+    return entropy_from_logits(logits)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label, and entropy, from hidden states.
+
+    Args:
+        hidden: [..., D], T rows in all; under autocast the product is in its dtype.
+        weight: [V, D].
+        labels: T integers of any shape; -100 gives 0.
+        temperature: above 0.
+        reduction: of the log-probabilities: "none", "sum" or "mean" over all T.
+        dist_process_group: None; a vocabulary sharded over ranks is not served.
+    Returns:
+        (log_probs [T], or 0-dim if reduced; entropy [T]), nats.
+    Raises:
+        TypeError, ValueError: as `linear_token_stats`, or `reduction` is unknown.
+        NotImplementedError: `dist_process_group` is given.
+    Both are differentiable once in `hidden` and `weight`. The logits never exist whole.
+    """
+    if dist_process_group is not None:
+        raise NotImplementedError("dist_process_group must be None: each rank needs all classes")
+    reduction = reduction.lower()
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    log_probs, entropy = head_stats(hidden, weight, labels.flatten(), temperature=temperature)
+    return log_probs if reduction == "none" else getattr(log_probs, reduction)(), entropy
+
+
+class FusedLinearForPPO(torch.nn.Module):
+    """verl's module of that name, whose backends "torch" and "liger" are both served by ours."""
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+        super().__init__()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        vocab_weights: Tensor,
+        input_ids: Tensor,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """(log_probs, entropy), the shape of `input_ids`, of hidden_states [..., D]; in nats."""
+        return head_stats(hidden_states, vocab_weights, input_ids, temperature=temperature)
+
+
 def patch() -> Patch:
     """Serves verl from here, until the handle it returns is undone.
 
@@ -46,5 +104,8 @@ def patch() -> Patch:
         {
             f"{module}:logprobs_from_logits": logprobs_from_logits,
             f"{module}:entropy_from_logits": entropy_from_logits,
+            f"{module}:entropy_from_logits_with_chunking": entropy_from_logits_with_chunking,
+            "verl.utils.kernel.linear_cross_entropy:linear_cross_entropy": linear_cross_entropy,
+            "verl.utils.experimental.torch_functional:FusedLinearForPPO": FusedLinearForPPO,
         },
     )

@@ -1,0 +1,160 @@
+"""Losses of the GRPO family as Liger 0.8.5 defines them, from log-probabilities: O(B L) of torch.
+
+B sequences, L completion tokens.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_CLIPPED = ("grpo", "dapo", "bnpo", "dr_grpo", "luspo")
+_LOSS_TYPES = (*_CLIPPED, "cispo", "sapo", "vespo")
+_LOWEST_LOG_WEIGHT, _HIGHEST_LOG_WEIGHT = math.log(1e-8), 20.0  # of vespo
+
+
+class Options(NamedTuple):
+    """What one loss is made of; Liger documents the numbers."""
+
+    loss_type: str
+    importance_sampling_level: str
+    beta: float
+    eps_low: float
+    eps_high: float
+    delta: float | None
+    use_bias_correction_kl: bool
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
+
+    def check(self) -> None:
+        """ValueError for what is no loss."""
+        kind, level = self.loss_type, self.importance_sampling_level
+        if kind not in _LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {', '.join(_LOSS_TYPES)}, got {kind!r}")
+        if level not in ("token", "sequence"):
+            raise ValueError(
+                f"importance_sampling_level must be 'token' or 'sequence', got {level!r}"
+            )
+        if kind not in _CLIPPED and (level == "sequence" or self.delta is not None):
+            raise ValueError(f"loss_type {kind!r} has neither a sequence level nor delta")
+        if self.delta is not None and self.delta <= 0:
+            raise ValueError(f"delta must be above 0, got {self.delta}")
+        if kind == "sapo" and min(self.sapo_temperature_pos, self.sapo_temperature_neg) <= 0:
+            raise ValueError("sapo_temperature_pos and sapo_temperature_neg must be above 0")
+
+
+def token_losses(
+    log_probs: Tensor,  # [B, L]
+    old: Tensor | None,  # [B, L]; None: on-policy
+    ref: Tensor | None,  # [B, L], where beta is not 0
+    advantages: Tensor,  # [B]
+    weight: Tensor | None,  # [B, L], [B, 1] or [B], of the policy term
+    inside: Tensor,  # [B, L] bool; log_probs elsewhere are not looked at
+    mask: Tensor,  # [B, L], 0 or 1: the tokens a sequence's ratio is the mean of
+    options: Options,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Loss, KL (None where beta is 0) and whether clipped: [B, L], or [B, 1] if of a sequence.
+
+    Nothing is masked yet.
+    """
+    old = log_probs.detach() if old is None else old
+    log_ratio = torch.where(inside, log_probs - old, 0)
+    if options.importance_sampling_level == "sequence":
+        log_ratio = (log_ratio * mask).sum(-1, keepdim=True)
+        log_ratio = log_ratio / mask.sum(-1, keepdim=True).clamp(min=1)
+    ratio = log_ratio.exp()
+    advantage = advantages[:, None]
+    if weight is not None:
+        if weight.shape not in (log_probs.shape, advantage.shape, advantages.shape):
+            raise ValueError(
+                f"vllm_is_ratio must have shape {list(log_probs.shape)}, {list(advantage.shape)} "
+                f"or {list(advantages.shape)}, got {list(weight.shape)}"
+            )
+        weight = weight.reshape(len(weight), -1)
+
+    is_clipped = torch.zeros_like(ratio, dtype=torch.bool)
+    if options.loss_type in _CLIPPED:
+        low, high = 1 - options.eps_low, 1 + options.eps_high
+        is_clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+        bounded = ratio if options.delta is None else ratio.clamp(max=options.delta)
+        loss = -torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
+    elif options.loss_type == "cispo":
+        is_clipped = (ratio > options.eps_high) & (advantage > 0)
+        loss = -ratio.detach().clamp(max=options.eps_high) * advantage * log_probs
+    elif options.loss_type == "sapo":
+        steepness = torch.where(
+            advantage > 0, options.sapo_temperature_pos, options.sapo_temperature_neg
+        )
+        loss = -(steepness * (ratio - 1)).sigmoid() * 4 / steepness * advantage
+    else:
+        up = advantage >= 0
+        k = torch.where(up, options.vespo_k_pos, options.vespo_k_neg)
+        rate = torch.where(up, options.vespo_lambda_pos, options.vespo_lambda_neg).clamp(min=1e-4)
+        phi = _vespo_weight(log_ratio.detach(), weight, k, rate)
+        loss, weight = -phi * advantage * log_probs, None
+    if weight is not None:
+        loss = loss * weight
+    kl = None
+    if options.beta != 0:
+        gap = torch.where(inside, ref - log_probs, 0)
+        kl = gap.exp() - gap - 1
+        kl = kl * ratio if options.use_bias_correction_kl else kl
+        loss = loss + options.beta * kl
+    return loss, kl, is_clipped
+
+
+def _vespo_weight(
+    log_ratio: Tensor,  # [B, L], 0 outside the mask
+    weight: Tensor | None,  # [B, L] or [B, 1]
+    k: Tensor,  # [B, 1]
+    rate: Tensor,  # [B, 1]
+) -> Tensor:
+    """w^k e^(rate (1 - w)), [B, 1], w the product of a sequence's ratios and weights."""
+    low, high = _LOWEST_LOG_WEIGHT, _HIGHEST_LOG_WEIGHT
+    total = log_ratio.clamp(-high, high).sum(-1, keepdim=True)
+    if weight is not None:
+        total = total + weight.log().clamp(low, high).sum(-1, keepdim=True)
+    total = total.clamp(low, high)
+    phi = (rate + k * total - rate * total.exp()).exp()
+    return phi.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def metrics(mask: Tensor, *values: Tensor | None) -> list[Tensor]:
+    """Means over the tokens of `mask` of the values that there are, detached."""
+    num_tokens = mask.sum().clamp(min=1)
+    masked = [torch.where(mask != 0, x.detach(), 0) for x in values if x is not None]
+    return [x.sum() / num_tokens for x in masked]
+
+
+def reduced(
+    loss: Tensor,  # [B, L], 0 outside the mask; luspo also [B, 1], and not masked
+    mask: Tensor,  # [B, L]
+    loss_type: str,
+    max_completion_length: int | None,
+    num_items_in_batch: int | Tensor | None,
+) -> Tensor:
+    """The tokens' losses in one number, 0-dim."""
+    lengths = mask.sum(-1)
+    if loss_type in ("grpo", "sapo"):
+        return (loss.sum(-1) / lengths.clamp(min=1)).mean()
+    if loss_type == "bnpo":
+        return loss.sum() / lengths.sum().clamp(min=1)
+    if loss_type == "dr_grpo":
+        length = loss.shape[1] if max_completion_length is None else max_completion_length
+        return loss.sum() / (len(loss) * length)
+    if loss_type == "luspo":
+        return (loss * lengths[:, None]).mean()
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if num_items_in_batch is None:
+        num_tokens = lengths.sum()
+        if ranks > 1:
+            dist.all_reduce(num_tokens)
+    else:
+        num_tokens = torch.as_tensor(num_items_in_batch, dtype=loss.dtype, device=loss.device)
+    return loss.sum() / (num_tokens / ranks).clamp(min=1)
