@@ -7,8 +7,6 @@ a CPU (smoke runs) by the clock.
 import argparse
 import importlib
 import importlib.metadata
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,10 +16,20 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from bench.harness import MIB, ROOT, interleaved_ms, machine, spread, write_csv, write_rows
+from bench.green import require_green
+from bench.harness import MIB, interleaved_ms, machine, spread, write_csv, write_rows
+
+# The shapes that matter most come first: a budget that runs out leaves out the others.
+SHAPES = [(8192, 151936), (2048, 151936), (32768, 151936), (8192, 128256), (8192, 32000)]
+SHAPES += [(8192, 262144), (2048, 32000), (2048, 128256), (2048, 262144)]
+SHAPES += [(32768, 32000), (32768, 128256), (32768, 262144)]
+CASES = [(*shape, dtype) for dtype in (torch.bfloat16, torch.float32) for shape in SHAPES]
+SMOKE_CASES = [(16, 503, torch.bfloat16), (16, 503, torch.float32)]
+ACTIVE_SHARES = (1.0, 0.5, 0.25, 0.1)
 
 _FLUSH_BYTES = 2**28  # several times any L2
 _REPEATS = (5, 60)  # fewest and most rounds of a measurement
+_COMPILING = 1 / 3  # of the time for all shapes, at most
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -45,6 +53,8 @@ class Bench:
         if not options.tests_green:
             require_green([smoke_test] if self.smoke else tests)
         self._end = time.monotonic() + options.budget_s
+        self._compile_budget_s = _COMPILING * options.budget_s
+        self._compiled_s: list[float] = []  # time of each compilation
         self.rows: list[dict[str, Any]] = []
         self.skipped: list[str] = []
         self._facts = machine() | {"versions": versions()}
@@ -70,12 +80,54 @@ class Bench:
         self.skipped.append(f"{name}: needs {num_bytes / 2**30:.0f} GiB")
         return False
 
-    def add(self, facts: dict[str, Any], calls: Calls, *, floor_bytes: Any, share: float) -> None:
+    def logits(
+        self, num_tokens: int, vocab_size: int, dtype: torch.dtype
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Logits [T, V] of a normal distribution, or None where they do not fit; their facts."""
+        facts = {"T": num_tokens, "V": vocab_size, "dtype": str(dtype).removeprefix("torch.")}
+        if not self.fits(3 * num_tokens * vocab_size * dtype.itemsize, _text(facts)):
+            return None, facts
+        torch.manual_seed(0)
+        logits = torch.empty(num_tokens, vocab_size, dtype=dtype, device=self.device)
+        return logits.normal_(std=3).requires_grad_(), facts
+
+    def compiled(
+        self, function: Callable, first_calls: Callable[[Callable], Any], facts: dict[str, Any]
+    ) -> dict[str, Callable]:
+        """The function compiled, by name, after `first_calls` of it; nothing in a smoke run.
+
+        Compilations take seconds. Where the time for them has no room for one more as long as the
+        longest yet, it is left out, and named in the output.
+        """
+        if self.smoke:
+            return {}
+        name = f"torch.compile, {_text(facts)}"
+        next_s = max(self._compiled_s, default=0)
+        if sum(self._compiled_s) + next_s > self._compile_budget_s:
+            self.skipped.append(f"{name}: out of time for compiling")
+            return {}
+        torch._dynamo.reset()  # else it stops compiling after a few shapes
+        found = torch.compile(function, dynamic=False)
+        start = time.monotonic()
+        done = self.attempt(name, lambda: (first_calls(found), True))
+        self._compiled_s.append(time.monotonic() - start)
+        return {"torch.compile": found} if done else {}
+
+    def add(
+        self,
+        facts: dict[str, Any],
+        calls: Calls,
+        *,
+        floor_bytes: Any,
+        share: float,
+        columns: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
         """Times the calls in turns, for `share` of this shape's time; one row each.
 
-        `floor_bytes`: what must be moved, a number or a function of the variant's name.
+        `floor_bytes`: what must be moved, a number or a function of the variant's name;
+        `columns`: what else is known of each variant.
         """
-        shape = ", ".join(f"{key}={value}" for key, value in facts.items())
+        shape = _text(facts)
         calls = {
             name: call
             for name, call in calls.items()
@@ -93,6 +145,7 @@ class Bench:
                 | {"floor_ms": floor_ms, "of_floor": floor_ms / figures["median_ms"]}
                 | {"peak_mib": peaks[name], "copy_gb_s": self.copy_gb_s}
                 | self._facts
+                | (columns or {}).get(name, {})
             )
 
     def finish(self) -> None:
@@ -122,6 +175,26 @@ class Bench:
         repeats = int(min(most, max(fewest, seconds / max(time.monotonic() - start, 1e-4))))
         rounds = [_event_round(calls, flush) for _ in range(1 if self.smoke else repeats)]
         return {name: [one[name] for one in rounds] for name in calls}
+
+
+def run(
+    description: str,
+    measure: Callable[..., None],
+    *,
+    cases: list[tuple],
+    smoke_cases: list[tuple],
+    tests: list[str],
+    smoke_test: str,
+) -> None:
+    """The whole of a benchmark: its tests, `measure(bench, *case)` for each case, its rows."""
+    bench = Bench(description, tests=tests, smoke_test=smoke_test)
+    for case in bench.shapes(smoke_cases if bench.smoke else cases):
+        measure(bench, *case)
+    bench.finish()
+
+
+def _text(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in facts.items())
 
 
 def _event_round(calls: Calls, flush: Tensor) -> dict[str, float]:
@@ -187,12 +260,3 @@ def versions() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return "; ".join(found)
-
-
-def require_green(tests: list[str]) -> None:
-    """Runs the op's tests, and ends the program where one fails: no figures of a wrong op."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT.parent)
-    if done.returncode:
-        print(done.stdout[-3000:], done.stderr[-1000:])
-        sys.exit("tests are red: nothing is timed")

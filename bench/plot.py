@@ -2,92 +2,173 @@
 
     python -m bench.plot [FOLDER]        default: bench/results
 
-One bar a variant: median time in ms, whiskers from the 20th to the 80th percentile, and the floor
-as a line where the CSV has one. The shapes that most variants were measured at, in the order of the
-file, at most six.
+One bar a variant: median time, whiskers from the 20th to the 80th percentile, and where it was
+measured peak memory. The shapes that most variants were measured at, in the order of the file, at
+most six. A CSV without times is left out.
 """
 
 import argparse
 import csv
+import math
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("svg")
+matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
 
 from bench.harness import ROOT  # noqa: E402
 
-_OURS = ("ours", "one pass", "two passes")
-_SHAPE = ("T", "V", "D", "dtype", "pass")
+Row = dict[str, str]
+
+_OURS = ("ours", "one pass", "two passes", "one launch")
+_FLOOR = "three GEMMs"  # a floor that is a variant; others have a column of their own
+_SHAPE = ("T", "D", "V", "dtype", "pass")
+# Told apart by colour-blind eyes, and by their lightness in print.
+_COLORS = {"ours": "#0072B2", "others": "#B4B8BD", "the floor": "#E69F00"}
+_INK, _FAINT = "#24292F", "#6E7781"
+_STYLE = {
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _FAINT,
+    "xtick.color": _FAINT,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "figure.facecolor": "white",
+}
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def panels(rows: list[dict[str, str]]) -> dict[tuple[str, ...], list[dict[str, str]]]:
+def panels(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
     """Rows by shape and pass."""
     found = defaultdict(list)
     for row in rows:
-        found[tuple(f"{name}={row[name]}" for name in _SHAPE if row.get(name))].append(row)
+        found[tuple(f"{name} = {row[name]}" for name in _SHAPE if row.get(name))].append(row)
     return found
 
 
-def chosen(found: dict[tuple[str, ...], list[dict[str, str]]]) -> list[tuple[str, ...]]:
+def chosen(found: dict[tuple[str, ...], list[Row]]) -> list[tuple[str, ...]]:
     """The shapes with most variants, at most six, in the order of the file."""
     most = max(map(len, found.values()))
     return [shape for shape, rows in found.items() if len(rows) == most][:6]
 
 
-def label(row: dict[str, str]) -> str:
+def label(row: Row) -> str:
     share = row.get("active", "1")
     return row["variant"] if share == "1" else f"{row['variant']}, {share} active"
 
 
-def draw(path: Path) -> Path:
-    """Writes `<path>.svg`."""
+def kind(row: Row) -> str:
+    if row["variant"] == _FLOOR:
+        return "the floor"
+    return "ours" if row["variant"].startswith(_OURS) else "others"
+
+
+def values(rows: list[Row], column: str) -> list[float]:
+    return [float(row.get(column) or "nan") for row in rows]
+
+
+def unit_of(column: str, largest: float) -> tuple[str, float]:
+    """The unit that suits the largest value, and what one of the column is in it."""
+    if column.endswith("_mib"):
+        return ("GiB", 1 / 1024) if largest >= 1024 else ("MiB", 1.0)
+    if largest >= 1000:
+        return "s", 1e-3
+    return ("ms", 1.0) if largest >= 1 else ("µs", 1e3)
+
+
+def bars(axis: Axes, rows: list[Row], column: str, floor: list[float]) -> str:
+    """One bar a row, its value beside it, and a mark at its floor; returns the unit."""
+    found = values(rows, column)
+    unit, scale = unit_of(column, max(x for x in found if not math.isnan(x)))
+    found = [x * scale for x in found]
+    places = range(len(rows))
+    axis.barh(places, found, height=0.68, color=[_COLORS[kind(row)] for row in rows])
+    ends = list(found)
+    if column == "median_ms":
+        low, high = ([x * scale for x in values(rows, f"p{p}_ms")] for p in (20, 80))
+        whiskers = [
+            [max(0, x - y) for x, y in zip(found, low, strict=True)],
+            [max(0, y - x) for x, y in zip(found, high, strict=True)],
+        ]
+        axis.errorbar(found, places, xerr=whiskers, fmt="none", ecolor=_INK, elinewidth=1)
+        ends = [max(pair) for pair in zip(found, high, strict=True)]
+    for place, end, value in zip(places, ends, found, strict=True):
+        axis.annotate(
+            f"{value:.3g}", (end, place), (4, 0), textcoords="offset points", va="center",
+            fontsize=8, color=_FAINT, bbox={"fc": "white", "ec": "none", "pad": 0.6},
+        )  # fmt: skip
+    for row, value in zip(rows, found, strict=True):
+        if row["variant"] == _FLOOR and column == "median_ms":
+            axis.axvline(value, color=_COLORS["the floor"], lw=1.2, ls=(0, (4, 3)), zorder=1)
+    for place, x in zip(places, floor, strict=True):
+        axis.plot([x * scale] * 2, [place - 0.42, place + 0.42], color=_COLORS["the floor"], lw=2)
+    axis.set_xlim(0, 1.12 * max(x for x in [*ends, *floor] if not math.isnan(x)))
+    axis.set_yticks(places, [label(row) for row in rows])
+    axis.tick_params(axis="y", length=0)
+    axis.set_axisbelow(True)
+    axis.grid(axis="x", color="#E7E9EC", lw=0.8)
+    return unit
+
+
+def draw(path: Path) -> Path | None:
+    """Writes `<path>.png`, if the CSV has times."""
     found = panels(read(path))
     shapes = chosen(found)
-    most = len(found[shapes[0]])
-    size = (7, len(shapes) * (0.3 * most + 0.9))
-    figure, axes = pyplot.subplots(len(shapes), 1, figsize=size, squeeze=False)
-    for axis, shape in zip(axes[:, 0], shapes, strict=True):
-        rows = found[shape]
-        medians, low, high = (
-            [float(row[name]) for row in rows] for name in ("median_ms", "p20_ms", "p80_ms")
-        )
-        whiskers = [
-            [max(0, m - x) for m, x in zip(medians, low, strict=True)],
-            [max(0, x - m) for m, x in zip(medians, high, strict=True)],
-        ]
-        colors = [
-            "C0" if row["variant"].startswith(("ours", "one", "two")) else "C7" for row in rows
-        ]
-        names = [label(row) for row in rows]
-        axis.barh(names, medians, xerr=whiskers, color=colors)
-        floors = [(i, float(row["floor_ms"])) for i, row in enumerate(rows) if "floor_ms" in row]
-        for i, floor in floors:
-            axis.plot([floor, floor], [i - 0.4, i + 0.4], color="C3")
-        axis.invert_yaxis()
-        axis.set_title(", ".join(shape), fontsize=9)
-        axis.tick_params(labelsize=8)
-    axes[-1, 0].set_xlabel("ms (red: the floor)")
-    figure.suptitle(f"{path.stem} on {found[shapes[0]][0]['device']}", fontsize=10)
-    figure.tight_layout()
-    out = path.with_suffix(".svg")
-    figure.savefig(out, metadata={"Date": None})
-    pyplot.close(figure)
+    first = found[shapes[0]]
+    if "median_ms" not in first[0]:
+        return None
+    memory = all(not math.isnan(x) for shape in shapes for x in values(found[shape], "peak_mib"))
+    columns = {"median_ms": "time"} | ({"peak_mib": "peak memory"} if memory else {})
+    with pyplot.rc_context(_STYLE):
+        size = (9.5 if memory else 8, 1 + sum(0.75 + 0.27 * len(found[x]) for x in shapes))
+        figure, axes = pyplot.subplots(
+            len(shapes), len(columns), figsize=size, squeeze=False, sharey="row",
+            layout="constrained",
+        )  # fmt: skip
+        for line, shape in zip(axes, shapes, strict=True):
+            rows = found[shape]
+            for axis, (column, title) in zip(line, columns.items(), strict=True):
+                none = [math.nan] * len(rows)
+                floor = values(rows, "floor_ms") if column == "median_ms" else none
+                unit = bars(axis, rows, column, floor)
+                axis.set_xlabel(f"{title}, {unit} (less is better)", color=_FAINT, fontsize=8)
+            line[0].invert_yaxis()  # of both columns, which share it
+            line[0].set_title(",  ".join(shape), loc="left", fontsize=9, fontweight="bold")
+        title = "{} on {device}, torch {torch}, commit {commit}".format(path.stem, **first[0])
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.legend(handles=legend(first), loc="outside lower left", ncols=4, frameon=False)
+        out = path.with_suffix(".png")
+        figure.savefig(out, dpi=160, metadata={"Software": None})
+        pyplot.close(figure)
     return out
+
+
+def legend(rows: list[Row]) -> list[Patch | Line2D]:
+    kinds = {kind(row) for row in rows}
+    handles = [Patch(color=color, label=name) for name, color in _COLORS.items() if name in kinds]
+    if "floor_ms" in rows[0]:
+        handles.append(Line2D([], [], color=_COLORS["the floor"], lw=2, label="its floor"))
+    handles.append(Line2D([], [], color=_INK, lw=1, label="20th to 80th percentile"))
+    return handles
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "results")
     for path in sorted(parser.parse_args().folder.rglob("*.csv")):
-        print(draw(path))
+        print(draw(path) or f"{path}: no times to draw")
 
 
 if __name__ == "__main__":

@@ -4,18 +4,20 @@
 
 The floor is (2 + a) T V bytes at the speed of a copy measured in the same run: the logits read, the
 active share a of them read again, the gradient written. "selected": `selected_mask` is given.
-Errors are against float64, over the first rows, of the loss of those rows.
+Errors are against float64, over the first rows, of the loss of those rows; Liger's, whose
+advantages are of sequences, against that loss of its own.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import rft_kernels
 import torch
 from torch import Tensor
 
-from bench.device import Bench, errors, optional
-from bench.token_stats import ACTIVE_SHARES, CASES, SMOKE_CASES, compiled, eager
+from bench.device import ACTIVE_SHARES, CASES, SMOKE_CASES, Bench, errors, optional, run
+from bench.token_stats import eager
 
 ERROR_ROWS = 64
 NUM_SEQUENCES = 8  # of the rival whose advantages are of sequences
@@ -56,10 +58,12 @@ def ours(logits: Tensor, batch: Batch, *, selected: bool, inplace: bool = False)
 
 
 def clipped(log_probs: Tensor, batch: Batch) -> Tensor:
-    ratio = (log_probs - batch.old_log_probs).exp()
-    bounded = ratio.clamp(0.8, 1.2)
-    terms = torch.maximum(-batch.advantages * ratio, -batch.advantages * bounded)
-    return terms.sum() / batch.normalizer
+    return clipped_sum(log_probs - batch.old_log_probs, batch.advantages) / batch.normalizer
+
+
+def clipped_sum(log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    ratio = log_ratio.exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).sum()
 
 
 def eager_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -68,94 +72,119 @@ def eager_loss(logits: Tensor, batch: Batch) -> Tensor:
     return clipped(log_probs, batch) + 0 * entropy.detach().sum()
 
 
-def rivals(bench: Bench, shape: tuple[int, int]) -> dict[str, Loss]:
+def rivals(bench: Bench, facts: dict, compile_for: Callable[[Loss], Any]) -> dict[str, Loss]:
     """Every rival installed; those that are Triton kernels need CUDA."""
-    found: dict[str, Loss] = {"eager": eager_loss} | compiled(eager_loss, bench, shape)
+    found: dict[str, Loss] = {"eager": eager_loss} | bench.compiled(eager_loss, compile_for, facts)
     if bench.device.type != "cuda":
         return found
     trl = optional("trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy")
     liger = optional("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
+    flash = optional("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
     if trl is not None:
         found["TRL stats + eager objective"] = lambda x, b: clipped(trl(x, b.targets)[0], b)
     if liger is not None:
-        found["Liger GRPO (no entropy)"] = partial(_liger, liger)
+        found["Liger GRPO (no entropy)"] = partial(liger_loss, liger)
+    if flash is not None:
+        found["flash-attn CE (no entropy) + eager objective"] = lambda x, b: clipped(
+            -flash(x, b.targets)[0], b
+        )
     return found
 
 
-def _liger(function: Callable, logits: Tensor, batch: Batch) -> Tensor:
+def liger_loss(function: Callable, logits: Tensor, batch: Batch) -> Tensor:
     """As sequences, of one advantage each, whose last row predicts nothing."""
-    rows = (NUM_SEQUENCES, -1)
-    targets, old = (x.view(rows)[:, :-1] for x in (batch.targets, batch.old_log_probs))
+    targets, old, advantages = _by_sequence(batch)
     loss, _, _ = function(
-        logits.view(*rows, logits.shape[-1]), old.contiguous(), None, targets.contiguous(),
-        batch.advantages.view(rows)[:, 0].contiguous(), temperature=1.0, beta=0.0, eps_high=0.2,
+        logits.view(NUM_SEQUENCES, -1, logits.shape[-1]), old.contiguous(), None,
+        targets.contiguous(), advantages.contiguous(), temperature=1.0, beta=0.0, eps_high=0.2,
         inplace=False,
     )  # fmt: skip
     return loss.sum() / batch.normalizer
 
 
-def error_columns(loss: Loss, logits: Tensor, batch: Batch) -> dict[str, float]:
-    results = []
-    for function, dtype in ((eager_loss_64, torch.float64), (loss, logits.dtype)):
-        leaf = logits.detach()[:ERROR_ROWS].to(dtype, copy=True).requires_grad_()
-        value = function(leaf, batch)
-        results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
-    (truth, expected), (found, dlogits) = results
-    return errors(found, truth, "loss") | errors(dlogits, expected, "dlogits")
+def exact_liger(logits: Tensor, batch: Batch) -> Tensor:
+    """What `liger_loss` defines, in plain torch."""
+    targets, old, advantages = _by_sequence(batch)
+    log_p = torch.log_softmax(logits, -1).view(NUM_SEQUENCES, -1, logits.shape[-1])[:, :-1]
+    log_probs = log_p.gather(-1, targets[..., None])[..., 0]
+    return clipped_sum(log_probs - old, advantages[:, None]) / batch.normalizer
 
 
-def eager_loss_64(logits: Tensor, batch: Batch) -> Tensor:
+def _by_sequence(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets and old log-probs [B, L - 1], advantages [B] of the first rows."""
+    rows = (NUM_SEQUENCES, -1)
+    targets, old = (x.view(rows)[:, :-1] for x in (batch.targets, batch.old_log_probs))
+    return targets, old, batch.advantages.view(rows)[:, 0]
+
+
+def both(loss: Loss, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient."""
+    value = loss(logits, batch)
+    return value.detach(), torch.autograd.grad(value, logits)[0]
+
+
+def error_columns(
+    found: Callable[[Tensor, Batch], tuple[Tensor, Tensor]],
+    exact: Loss,
+    logits: Tensor,
+    batch: Batch,
+) -> dict[str, float]:
+    """Errors of a loss and its gradient on the first rows, `exact` given these in float64."""
+    few = logits.detach()[:ERROR_ROWS]
+    value, dlogits = found(few.clone().requires_grad_(), batch)
+    truth, expected = both(exact, few.double().requires_grad_(), batch)
+    return errors(value, truth, "loss") | errors(dlogits, expected, "dlogits")
+
+
+def exact_loss(logits: Tensor, batch: Batch) -> Tensor:
     log_p = torch.log_softmax(logits, -1).gather(-1, batch.targets[:, None])[:, 0]
     return clipped(log_p, batch)
 
 
 def measure(bench: Bench, num_tokens: int, vocab_size: int, dtype: torch.dtype) -> None:
-    num_bytes = num_tokens * vocab_size * dtype.itemsize
-    if not bench.fits(3 * num_bytes, f"T={num_tokens} V={vocab_size} {dtype}"):
+    logits, facts = bench.logits(num_tokens, vocab_size, dtype)
+    if logits is None:
         return
-    torch.manual_seed(0)
-    logits = torch.empty(num_tokens, vocab_size, dtype=dtype, device=bench.device)
-    logits.normal_(std=3).requires_grad_()
     scratch = logits.detach().clone().requires_grad_()
-    facts = {"T": num_tokens, "V": vocab_size, "dtype": str(dtype).removeprefix("torch.")}
     losses: dict[str, Loss] = {
         "ours": partial(ours, selected=False),
         "ours, selected": partial(ours, selected=True),
         "ours, selected, in place": partial(ours, selected=True, inplace=True),
     }
-    others = rivals(bench, (num_tokens, vocab_size))
+
+    def compile_for(batch: Batch, few: Batch, loss: Loss) -> None:
+        both(loss, logits, batch)
+        error_columns(partial(both, loss), exact_loss, logits, few)
+
     for share in ACTIVE_SHARES:
         batch, few = Batch(logits, share), Batch(logits, share, num_rows=ERROR_ROWS)
+        here = losses
+        if share == 1:  # the same work whatever the share
+            here = losses | rivals(bench, facts, partial(compile_for, batch, few))
         calls, wrong = {}, {}
-        for name, loss in (losses | (others if share == 1 else {})).items():
+        for name, loss in here.items():
             in_place = name.endswith("in place")
-            calls[name] = partial(_both, loss, scratch if in_place else logits, batch)
-            if "Liger" in name:  # another loss: it has fewer advantages
-                wrong[name] = dict.fromkeys(wrong["ours"], float("nan"))
-            else:
-                wrong[name] = bench.attempt(name, partial(error_columns, loss, logits, few))
-        calls = {name: call for name, call in calls.items() if wrong[name]}
-        first = len(bench.rows)
-        here = facts | {"pass": "both", "active": share}
-        bench.add(here, calls, floor_bytes=(2 + share) * num_bytes, share=0.25)
-        for row in bench.rows[first:]:
-            row |= wrong[row["variant"]]
-
-
-def _both(loss: Loss, logits: Tensor, batch: Batch) -> None:
-    torch.autograd.grad(loss(logits, batch), logits)
-
-
-def main() -> None:
-    bench = Bench(
-        __doc__,
-        tests=["tests/kernels/test_policy_loss.py", "tests/kernels/test_triton.py"],
-        smoke_test="tests/kernels/test_policy_loss.py::test_inplace_backward",
-    )
-    for shape in bench.shapes(SMOKE_CASES if bench.smoke else CASES):
-        measure(bench, *shape)
-    bench.finish()
+            exact = exact_liger if "Liger" in name else exact_loss
+            wrong[name] = bench.attempt(
+                name, partial(error_columns, partial(both, loss), exact, logits, few)
+            )
+            if wrong[name]:
+                calls[name] = partial(both, loss, scratch if in_place else logits, batch)
+        bench.add(
+            facts | {"pass": "both", "active": share},
+            calls,
+            floor_bytes=(2 + share) * logits.nbytes,
+            share=0.25,
+            columns=wrong,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    run(
+        __doc__,
+        measure,
+        cases=CASES,
+        smoke_cases=SMOKE_CASES,
+        tests=["tests/kernels/test_policy_loss.py", "tests/kernels/test_triton.py"],
+        smoke_test="tests/kernels/test_policy_loss.py::test_inplace_backward",
+    )

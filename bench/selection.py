@@ -15,7 +15,7 @@ from rft_kernels import select_top_entropy
 from rft_kernels.adapters.trl import get_high_entropy_mask
 from torch import Tensor
 
-from bench.device import Bench, Calls, optional
+from bench.device import Bench, Calls, optional, run
 
 SIZES = [2**20, 2**10, 2**14, 2**17, 2**22]
 SMOKE_SIZES = [256, 1024]
@@ -58,23 +58,25 @@ def measure(bench: Bench, num_tokens: int) -> None:
     candidates = torch.rand(num_tokens, device=bench.device) < 0.3
     calls = variants(entropy, candidates)
     wanted = int(top_k(entropy, candidates).sum())
-    first = len(bench.rows)
-    facts = {"T": num_tokens, "sequences": NUM_SEQUENCES}
-    bench.add(facts, calls, floor_bytes=BYTES_A_TOKEN * num_tokens, share=0.8)
-    for row in bench.rows[first:]:
-        row |= {"kept": int(calls[row["variant"]]().sum()), "kept_by_top_k": wanted}
-
-
-def main() -> None:
-    bench = Bench(
-        __doc__,
-        tests=["tests/kernels/test_selection.py", "tests/kernels/test_selection_triton.py"],
-        smoke_test="tests/kernels/test_selection.py::test_nan_ranks_last",
+    kept = {
+        name: bench.attempt(name, lambda call=call: {"kept": int(call().sum())})
+        for name, call in calls.items()
+    }
+    bench.add(
+        {"T": num_tokens, "sequences": NUM_SEQUENCES, "kept_by_top_k": wanted},
+        {name: call for name, call in calls.items() if kept[name]},
+        floor_bytes=BYTES_A_TOKEN * num_tokens,
+        share=0.8,
+        columns=kept,
     )
-    for num_tokens in bench.shapes(SMOKE_SIZES if bench.smoke else SIZES):
-        measure(bench, num_tokens)
-    bench.finish()
 
 
 if __name__ == "__main__":
-    main()
+    run(
+        __doc__,
+        measure,
+        cases=[(size,) for size in SIZES],
+        smoke_cases=[(size,) for size in SMOKE_SIZES],
+        tests=["tests/kernels/test_selection.py", "tests/kernels/test_selection_triton.py"],
+        smoke_test="tests/kernels/test_selection.py::test_nan_ranks_last",
+    )

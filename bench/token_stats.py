@@ -4,26 +4,20 @@
 
 The floor is the bytes that must move at the speed of a copy measured in the same run: forward T V,
 backward (1 + a) T V (a the share of rows with a gradient; every row of the gradient is written).
-Rivals do not look at which rows have one. Errors are against float64, over the first rows.
+Rivals do not look at which rows have one. torch.compile has no row for the backward alone: what it
+saves is gone after one. Errors are against float64, over the first rows.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import rft_kernels
 import torch
 from torch import Tensor
 
-from bench.device import Bench, Calls, errors, optional
+from bench.device import ACTIVE_SHARES, CASES, SMOKE_CASES, Bench, Calls, errors, optional, run
 
-# The shapes that matter most come first: a budget that runs out leaves out the others.
-SHAPES = [(8192, 151936), (2048, 151936), (32768, 151936), (8192, 128256), (8192, 32000)]
-SHAPES += [(8192, 262144), (2048, 32000), (2048, 128256), (2048, 262144)]
-SHAPES += [(32768, 32000), (32768, 128256), (32768, 262144)]
-CASES = [(*shape, dtype) for dtype in (torch.bfloat16, torch.float32) for shape in SHAPES]
-COMPILED_SHAPES = SHAPES[:1] + [(8192, 32000)]
-SMOKE_CASES = [(16, 503, torch.bfloat16), (16, 503, torch.float32)]
-ACTIVE_SHARES = (1.0, 0.5, 0.25, 0.1)
 ERROR_ROWS = 64
 
 Op = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # logits, targets -> log_probs (, entropy)
@@ -35,17 +29,9 @@ def eager(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return log_probs, -(log_p.exp() * log_p).sum(-1)
 
 
-def compiled(function: Callable, bench: Bench, shape: tuple[int, int]) -> dict[str, Callable]:
-    """The eager function compiled: for few shapes, since each compilation takes seconds."""
-    if bench.smoke or shape not in COMPILED_SHAPES:
-        return {}
-    torch._dynamo.reset()  # else it stops compiling after a few shapes
-    return {"torch.compile": torch.compile(function, dynamic=False)}
-
-
-def rivals(bench: Bench, shape: tuple[int, int]) -> dict[str, Op]:
+def rivals(bench: Bench, facts: dict, compile_for: Callable[[Op], Any]) -> dict[str, Op]:
     """Every rival installed; those that are Triton kernels need CUDA."""
-    found: dict[str, Op] = {"eager": eager} | compiled(eager, bench, shape)
+    found: dict[str, Op] = {"eager": eager} | bench.compiled(eager, compile_for, facts)
     if bench.device.type != "cuda":
         return found
     trl = optional("trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy")
@@ -99,22 +85,24 @@ def both(op: Op, logits: Tensor, targets: Tensor, rows: Tensor) -> None:
 
 
 def measure(bench: Bench, num_tokens: int, vocab_size: int, dtype: torch.dtype) -> None:
-    name = f"T={num_tokens} V={vocab_size} {dtype}"
-    num_bytes = num_tokens * vocab_size * dtype.itemsize
-    if not bench.fits(3 * num_bytes, name):
+    logits, facts = bench.logits(num_tokens, vocab_size, dtype)
+    if logits is None:
         return
-    torch.manual_seed(0)
-    logits = torch.empty(num_tokens, vocab_size, dtype=dtype, device=bench.device)
-    logits.normal_(std=3).requires_grad_()
     targets = torch.randint(vocab_size, (num_tokens,), device=bench.device)
-    ops = {"ours": ours} | rivals(bench, (num_tokens, vocab_size))
+    every = torch.ones(num_tokens, dtype=torch.bool, device=bench.device)
+
+    def compile_for(op: Op) -> None:
+        error_columns(op, logits, targets)
+        forward(op, logits, targets)
+        both(op, logits, targets, every)
+
+    ops = {"ours": ours} | rivals(bench, facts, compile_for)
     wrong = {
         name: bench.attempt(name, partial(error_columns, op, logits, targets))
         for name, op in ops.items()
     }
     ops = {name: op for name, op in ops.items() if wrong[name]}
     place = torch.rand(num_tokens, device=bench.device).argsort().argsort() / num_tokens
-    facts = {"T": num_tokens, "V": vocab_size, "dtype": str(dtype).removeprefix("torch.")}
     for share in ACTIVE_SHARES:
         calls: dict[str, Calls] = {"forward": {}, "backward": {}, "both": {}}
         rows = place < share
@@ -130,11 +118,13 @@ def measure(bench: Bench, num_tokens: int, vocab_size: int, dtype: torch.dtype) 
             calls["backward"][name] = _backward_of(op, x, targets, rows)
         for which, variants in calls.items():
             factor = {"forward": 1, "backward": 1 + share, "both": 2 + share}[which]
-            here = facts | {"pass": which, "active": share}
-            first = len(bench.rows)
-            bench.add(here, variants, floor_bytes=factor * num_bytes, share=0.15)
-            for row in bench.rows[first:]:
-                row |= wrong[row["variant"]]
+            bench.add(
+                facts | {"pass": which, "active": share},
+                variants,
+                floor_bytes=factor * logits.nbytes,
+                share=0.15,
+                columns=wrong,
+            )
 
 
 def _backward_of(op: Op, logits: Tensor, targets: Tensor, rows: Tensor) -> Callable[[], None]:
@@ -153,16 +143,12 @@ def _backward_of(op: Op, logits: Tensor, targets: Tensor, rows: Tensor) -> Calla
     return call
 
 
-def main() -> None:
-    bench = Bench(
+if __name__ == "__main__":
+    run(
         __doc__,
+        measure,
+        cases=CASES,
+        smoke_cases=SMOKE_CASES,
         tests=["tests/kernels/test_token_stats.py", "tests/kernels/test_triton.py"],
         smoke_test="tests/kernels/test_token_stats.py::test_shapes",
     )
-    for shape in bench.shapes(SMOKE_CASES if bench.smoke else CASES):
-        measure(bench, *shape)
-    bench.finish()
-
-
-if __name__ == "__main__":
-    main()

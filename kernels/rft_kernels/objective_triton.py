@@ -297,6 +297,13 @@ def _sum_kernel(
     tl.store(sums_ptr + place, result)
 
 
+def pointer(x: Tensor | None) -> Tensor | None:
+    """As a kernel takes it: of unit stride, a mask as bytes."""
+    if x is None:
+        return None
+    return x.contiguous().view(torch.uint8) if x.dtype == torch.bool else x.contiguous()
+
+
 def objective_fwd(
     log_probs: Tensor,  # [T], float32 or narrower
     entropy: Tensor | None,  # [T]
@@ -323,11 +330,6 @@ def objective_fwd(
     dlog_probs = torch.empty_like(log_probs, memory_format=torch.contiguous_format)
     dentropy = dlog_probs.new_empty(num_tokens if entropy_coef else 0)
     low, high, prefix_low, prefix_high = clip_range
-
-    def pointer(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        return x.contiguous().view(torch.uint8) if x.dtype == torch.bool else x.contiguous()
 
     _objective_kernel[(num_programs,)](
         log_probs_ptr=pointer(log_probs),
