@@ -106,10 +106,10 @@ def test_every_kind_of_row(case, dtype):
     compare(logits, batch(logits), PolicyConfig(**TERMS["all"]))
 
 
-@pytest.mark.parametrize("num_programs", [1, 2, 13, 50])
+@pytest.mark.parametrize("num_programs", [2, 13])
 @pytest.mark.parametrize("num_classes", [1, 2, TILE - 1, TILE, TILE + 1, 2 * TILE, 5 * TILE - 1])
 def test_shapes(num_classes, num_programs):
-    logits = logits_case("normal", 13, num_classes).float().to(DEVICE)
+    logits = logits_case("normal", 5, num_classes).float().to(DEVICE)
     launch = SMALL._replace(num_programs=num_programs)
     compare(logits, batch(logits), PolicyConfig(entropy_coef=0.1), launch=launch)
 
