@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 import verl_stand_in
-from rft_kernels import linear_token_stats
+from rft_kernels import adapters, linear_token_stats
 from rft_kernels.adapters import liger, trl, verl
 from test_adapters import seeded
 
@@ -109,6 +109,17 @@ def test_trl_chunked_in_16_bits_is_more_exact(trl_function):
     for x, y, z in zip(ours, theirs, truth, strict=True):
         if x is not None:
             assert x.dtype == y.dtype and (x - z).abs().max() < (y - z).abs().max()
+
+
+def test_workspace_is_bounded_by_the_package(monkeypatch):
+    found = []
+    op = "rft_kernels.adapters._linear.linear_token_stats"
+    monkeypatch.setattr(op, lambda *_, workspace_bytes, **__: found.append(workspace_bytes))
+    hidden, weight, _, targets = head(4)
+    verl.FusedLinearForPPO()(hidden, weight, targets)
+    monkeypatch.setattr(adapters, "workspace_bytes", 12345)
+    verl.FusedLinearForPPO()(hidden, weight, targets)
+    assert found == [2**30, 12345]
 
 
 def test_trl_chunked_under_autocast():

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rft_kernels import adapters
 from rft_kernels.linear import linear_token_stats
 from rft_kernels.token_stats import TokenStats
 
@@ -32,4 +33,5 @@ def head_stats(
             bias=None if bias is None else bias.to(dtype),
             temperature=temperature,
             softcap=softcap,
+            workspace_bytes=adapters.workspace_bytes,
         )

@@ -148,8 +148,8 @@ class LigerFusedLinearGRPOFunction:
             (loss, (mean kl where beta is not 0, mean of is_clipped)), 0-dim each.
         Raises:
             TypeError, ValueError: an argument of the wrong type, shape, value or combination.
-        Differentiable once in `_input`, `weight` and `bias`. Rows outside the mask are not
-        projected, but for "luspo": Liger's mean is over padding as well, and so is this.
+        Differentiable once in `_input`, `weight` and `bias`. What is outside the mask does not
+        count, but for "luspo": Liger's mean is over padding as well, and so is this.
         """
         options = Options(
             loss_type, importance_sampling_level, beta, epsilon_low, epsilon_high, delta,
