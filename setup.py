@@ -36,6 +36,7 @@ setup(
         "vllm": ["vllm==0.32.0"],
         "flash-attn": ["flash-attn>=2.8"],
         "liger": ["liger-kernel>=0.8.5"],
+        "lora": ["peft>=0.21"],
         "wandb": ["wandb"],
         # On a CPU triton's interpreter runs the kernels; adapters are tested against trl, liger.
         "test": [
@@ -46,6 +47,7 @@ setup(
             "triton>=3.6; platform_system == 'Linux'",
             "trl==1.16.0",
             "liger-kernel==0.8.5; platform_system == 'Linux'",
+            "peft==0.21.2",
         ],
         "bench": ["pytest-benchmark", "matplotlib"],
     },

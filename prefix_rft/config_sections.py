@@ -163,13 +163,16 @@ class ModelConfig:
     device: str = "auto"  # auto: cuda where there is one, else cpu
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False
+    # of adapters that are trained in place of the weights of the body; None: all weights are
+    lora_rank: int | None = None
+    lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
     rope_theta: float | None = None  # None: as in the model
     max_position_embeddings: int | None = None  # None: as in the model
     chat_template: str | None = None  # Jinja text, or a path to it; None: as in the tokenizer
 
     def __post_init__(self) -> None:
-        _above(0, self, "rope_theta")
-        _at_least(1, self, "max_position_embeddings")
+        _above(0, self, "rope_theta", "lora_alpha")
+        _at_least(1, self, "max_position_embeddings", "lora_rank")
         require(
             re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
             "model.device",

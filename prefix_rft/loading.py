@@ -9,11 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -28,11 +24,14 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from prefix_rft.config import Config, ConfigError, ModelConfig
 from prefix_rft.distributed import World
+from prefix_rft.lora import add_adapters
 from prefix_rft.model import Policy
+from prefix_rft.weights import full_weights
 
 # Classes of which tokenizer.json is the whole tokenizer.
 _GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+_EXPORT_BUCKET_BYTES = 2**30
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
@@ -51,6 +50,11 @@ def resolve_autocast_dtype(config: ModelConfig) -> torch.dtype | None:
         config.dtype == "auto" and resolve_device(config).type == "cuda"
     )
     return torch.bfloat16 if is_bfloat16 else None
+
+
+def host_config(config: ModelConfig) -> ModelConfig:
+    """`config` for weights that are only kept and copied, in host memory."""
+    return replace(config, device="cpu", attention="auto")
 
 
 def load_tokenizer(path: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -91,21 +95,24 @@ def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: Wor
     Raises:
         ConfigError: see `load_model` and `Policy`.
     """
+    autocast_dtype = resolve_autocast_dtype(config.model)
     options = {
         "temperature": config.rollout.temperature,
         "vocab_size": vocab_size,
-        "autocast_dtype": resolve_autocast_dtype(config.model),
+        "autocast_dtype": autocast_dtype,
     }
     if world.mesh is None:
-        return Policy(load_model(config.model, path), **options)
+        return Policy(load_model(config.model, path, seed=config.seed), **options)
     device = resolve_device(config.model)
     offload = config.sharding.cpu_offload
     source: list[PreTrainedModel] = []  # one model on rank 0, none elsewhere
-    on_host = replace(config.model, device="cpu")
-    world.from_main(lambda: source.append(load_model(on_host, path)))
+    on_host = host_config(config.model)
+    if autocast_dtype is not None:
+        on_host = replace(on_host, dtype="bfloat16")
+    world.from_main(lambda: source.append(load_model(on_host, path, seed=config.seed)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(**_architecture(config.model, path))
-    _prepare(model, config.model)
+        _prepare(model, config.model, seed=config.seed)
     policy = Policy(model, device=device, **options)
     policy.shard(world.mesh, cpu_offload=offload)
     policy.to_empty(device="cpu" if offload else device)
@@ -126,12 +133,16 @@ def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: Wor
     return policy
 
 
-def load_model(config: ModelConfig, path: str | Path) -> PreTrainedModel:
-    """The causal language model at `path`, in training mode, its weights in float32 (or float64).
+def load_model(config: ModelConfig, path: str | Path, *, seed: int = 0) -> PreTrainedModel:
+    """The causal language model at `path`, in training mode.
 
+    What is trained is in float32 (or float64), what adapters freeze in the dtype of the compute.
+
+    Args:
+        seed: of the adapters, where there are any.
     Raises:
-        ConfigError: nothing at `path`, no causal language model there, weights missing, or an
-            override that the model has no place for.
+        ConfigError: nothing at `path`, no causal language model there, weights missing, an override
+            that the model has no place for, or a package missing.
     """
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -142,7 +153,7 @@ def load_model(config: ModelConfig, path: str | Path) -> PreTrainedModel:
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ConfigError(f"model.path: {path} lacks {len(missing)} weights, first {missing[0]}")
-    return _prepare(model.to(resolve_device(config)), config)
+    return _prepare(model.to(resolve_device(config)), config, seed=seed)
 
 
 def _architecture(config: ModelConfig, path: str | Path) -> dict[str, Any]:
@@ -153,11 +164,26 @@ def _architecture(config: ModelConfig, path: str | Path) -> dict[str, Any]:
         raise _not_found(path, "model", error) from error
     _require_causal_lm(model_config, path)
     _override(model_config.get_text_config(), config)
-    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    dtype = _master_dtype(config)
+    if config.lora_rank is not None:
+        dtype = resolve_autocast_dtype(config) or dtype
     return {"config": model_config, "dtype": dtype, "attn_implementation": _attention(config)}
 
 
-def _prepare(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+def _master_dtype(config: ModelConfig) -> torch.dtype:
+    """Of what is trained."""
+    return torch.float64 if config.dtype == "float64" else torch.float32
+
+
+def _prepare(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> PreTrainedModel:
+    if config.lora_rank is not None:
+        add_adapters(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dtype=_master_dtype(config),
+            seed=seed,
+        )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -234,20 +260,20 @@ def export(
 ) -> None:
     """Write both in Hugging Face format; `folder` is replaced at once or not at all. Collective.
 
-    A model shared by several ranks is gathered weight by weight in the host memory of rank 0.
+    Adapters are merged. A model that has some, or is shared by several ranks, is gathered bucket by
+    bucket in the host memory of rank 0.
     """
     world = World() if world is None else world
-    state = None
-    if world.mesh is not None:
-        state = get_model_state_dict(
-            model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
-    world.from_main(lambda: _write(model, state, tokenizer, Path(folder)))
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    weights = full_weights(model, dtype=dtype, bucket_bytes=_EXPORT_BUCKET_BYTES)
+    state = {name: weight.cpu() for name, weight in weights if world.is_main}
+    world.from_main(lambda: _write(model, state, dtype, tokenizer, Path(folder)))
 
 
 def _write(
     model: PreTrainedModel,
-    state: dict[str, torch.Tensor] | None,
+    state: dict[str, torch.Tensor],
+    dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
@@ -257,6 +283,8 @@ def _write(
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         model.save_pretrained(partial, state_dict=state)
+        model.config.dtype = dtype  # not that of frozen weights
+        model.config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if folder.exists():
             folder.rename(replaced)

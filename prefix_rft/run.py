@@ -3,7 +3,6 @@
 import json
 import os
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from prefix_rft.evaluate import answer, summarize
 from prefix_rft.interrupt import Interrupt, Stopped
 from prefix_rft.loading import (
     export,
+    host_config,
     load_model,
     load_policy,
     load_tokenizer,
@@ -147,7 +147,7 @@ def export_checkpoint(run_dir: Path, step: int | None, folder: Path) -> None:
         )
     config = load_config(run_dir / CONFIG_FILE)
     base = resolve_base(config)
-    model = load_model(replace(config.model, device="cpu"), base)
+    model = load_model(host_config(config.model), base)
     load_model_weights(checkpoints[max(checkpoints) if step is None else step], model)
     export(model, load_tokenizer(base, config.model.chat_template), folder)
 
