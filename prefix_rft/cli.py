@@ -45,7 +45,8 @@ class Train:
             summary = train(self.overrides, resume=self.resume)
         except Stopped as stop:
             return 130 if stop.signal == signal.SIGINT else 0
-        _print_results(summary)
+        if _is_main_rank():
+            _print_results(summary)
         return 0
 
 
@@ -68,7 +69,9 @@ class Eval:
                     f"{self.model} has no final model yet: write one of its checkpoints with "
                     "prefix-rft export, and evaluate that folder"
                 )
-        print(json.dumps(evaluate_model(self.overrides, path), indent=2))
+        results = evaluate_model(self.overrides, path)
+        if _is_main_rank():
+            print(json.dumps(results, indent=2))
         return 0
 
 
@@ -179,6 +182,11 @@ def _print_results(summary: dict) -> None:
     for row in result_rows(summary):
         table.add_row(*row)
     Console(highlight=False).print(table)
+
+
+def _is_main_rank() -> bool:
+    """Of the processes that torchrun started one speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _is_run_folder(path: str) -> bool:

@@ -116,7 +116,6 @@ def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: Wor
     policy = Policy(model, device=device, **options)
     policy.shard(world.mesh, cpu_offload=offload)
     policy.to_empty(device="cpu" if offload else device)
-    model.tie_weights()
     set_model_state_dict(
         model,
         source[0].state_dict() if source else {},
