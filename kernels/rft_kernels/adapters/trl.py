@@ -195,14 +195,14 @@ def _of_logits(
     }
     found: dict[str, list[Tensor]] = {name: [] for name in functions if name in outputs}
     dtype = compute_dtype(hidden)
-    for rows, y in zip(hidden.split(_TILE_ROWS), targets.split(_TILE_ROWS), strict=True):
-        if found:
-            z = torch.nn.functional.linear(
-                rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-            ).to(stats_dtype(dtype))
-            z = z if softcap is None else softcap * (z / softcap).tanh()
-            for name, parts in found.items():
-                parts.append(functions[name](z / temperature, y))
+    tiles = zip(hidden.split(_TILE_ROWS), targets.split(_TILE_ROWS), strict=True)
+    for rows, y in tiles if found else ():
+        z = torch.nn.functional.linear(
+            rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        ).to(stats_dtype(dtype))
+        z = z if softcap is None else softcap * (z / softcap).tanh()
+        for name, parts in found.items():
+            parts.append(functions[name](z / temperature, y))
     return [torch.cat(found[name]) if name in found else None for name in functions]
 
 
