@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -81,6 +81,18 @@ def _measure_update(ledger: Ledger, update: Update) -> None:
     )
     for name, value in gap_metrics(log_prob_gap(batch, update.log_probs)).items():
         ledger.maximum(f"rollout/log_prob_gap_{name}", value)
+
+
+def throughput(metrics: Mapping[str, float], updates: Sequence[Update]) -> dict[str, float]:
+    """Tokens a second: generated ones by step and generation, trained ones by update."""
+    num_generated = metrics["rollout/generated_tokens_sum"]
+    num_trained = sum(len(update.batch.input_ids) for update in updates)
+    counts = {"step": num_generated, "generate": num_generated, "update": num_trained}
+    return {
+        f"throughput/{phase}_tokens_per_s": count / metrics[f"time/{phase}_s"]
+        for phase, count in counts.items()
+        if count
+    }
 
 
 def log_prob_gap(batch: TrainBatch, log_probs: torch.Tensor) -> torch.Tensor:

@@ -113,6 +113,7 @@ CHARTS = (
             "time/push_s": "push weights",
             "time/generate_s": "generate",
             "time/reward_s": "reward",
+            "time/wait_s": "wait for other ranks",
             "time/old_policy_s": "old policy",
             "time/update_s": "update",
         },
