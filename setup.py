@@ -37,6 +37,7 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],
         "liger": ["liger-kernel>=0.8.5"],
         "lora": ["peft>=0.21"],
+        "low-memory": ["torchao>=0.18"],
         "wandb": ["wandb"],
         # On a CPU triton's interpreter runs the kernels; adapters are tested against trl, liger.
         "test": [
@@ -48,6 +49,7 @@ setup(
             "trl==1.16.0",
             "liger-kernel==0.8.5; platform_system == 'Linux'",
             "peft==0.21.2",
+            "torchao==0.18.0",
         ],
         "bench": ["pytest-benchmark", "matplotlib"],
     },

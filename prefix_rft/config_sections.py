@@ -290,6 +290,7 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
+    name: Literal["adamw", "adamw_8bit"] = "adamw"  # adamw_8bit: its state in 8 bits, by torchao
     lr: float = 1e-6
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.checkpoint import CheckpointWriter, TrainerState, load_checkpoint
-from prefix_rft.config import Config, OptimizerConfig
+from prefix_rft.config import Config
 from prefix_rft.data import batch_indices
 from prefix_rft.data_types import (
     Completion,
@@ -36,9 +36,11 @@ from prefix_rft.measures import (
     log_prob_gap,
     measure_rollouts,
     measure_updates,
+    throughput,
 )
 from prefix_rft.methods import make_method
 from prefix_rft.model import Policy
+from prefix_rft.optimizer import learning_rate, make_optimizer, set_learning_rate
 from prefix_rft.packing import filler, pack, plan_micro_batches, take_rows, token_index
 from prefix_rft.reward import Rewarder
 from prefix_rft.rollout import RolloutEngine
@@ -73,14 +75,7 @@ class Trainer:
         self.problems = problems
         self.method = make_method(config)
         self.updates_per_step = config.trainer.prompts_per_step // config.trainer.prompts_per_update
-        self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in policy.parameters() if parameter.requires_grad],
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-            fused=policy.device.type == "cuda" or None,
-        )
+        self.optimizer = make_optimizer(policy.parameters(), config.optimizer, policy.device)
         self.step_index = 0  # steps done
 
     def train_step(self, interrupt: Interrupt) -> tuple[dict[str, float], dict]:
@@ -98,23 +93,14 @@ class Trainer:
             lr = learning_rate(
                 self.step_index, self.config.optimizer, self.config.trainer.num_steps
             )
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self.optimizer, lr)
             ledger.add("optim/lr", lr)
             updates = [self.update(mini_batch, ledger) for mini_batch in mini_batches]
             self.step_index += 1
         measure_rollouts(ledger, groups, self.tokenizer, self.rewarder.has_answer)
         measure_updates(ledger, groups, updates)
         metrics = ledger.result()
-        num_generated = metrics["rollout/generated_tokens_sum"]
-        num_trained = sum(len(update.batch.input_ids) for update in updates)
-        for phase, num_tokens in (
-            ("step", num_generated),
-            ("generate", num_generated),
-            ("update", num_trained),
-        ):
-            if seconds := metrics.get(f"time/{phase}_s"):
-                metrics[f"throughput/{phase}_tokens_per_s"] = num_tokens / seconds
+        metrics |= throughput(metrics, updates)
         return metrics, describe_group(groups, updates, self.tokenizer)
 
     def save(self, checkpoints: CheckpointWriter) -> int:
@@ -147,9 +133,11 @@ class Trainer:
                 stack.enter_context(serving(self.engine, self.policy, version=step))
             with interrupt.abandonable(at_once=not self.engine.is_collective):
                 share = self.generate([self.problems[i] for i in self.world.share(order)], ledger)
+        with ledger.phase("wait"):  # for the slowest rank
+            merged = self.world.merge(share)
         return [
             Group(problem=self.problems[i], rollouts=rollouts)
-            for i, rollouts in zip(order, self.world.merge(share), strict=True)
+            for i, rollouts in zip(order, merged, strict=True)
         ]
 
     def generate(self, problems: Sequence[Problem], ledger: Ledger) -> list[tuple[Rollout, ...]]:
@@ -287,20 +275,6 @@ class Trainer:
         """This rank's: rows by index; an empty one keeps the rank in step with the others."""
         budget = self.config.trainer.micro_batch_tokens
         return plan_micro_batches(lengths, budget, self.world.size)[self.world.rank]
-
-
-def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
-    """Of `step` (from 0): a linear warm-up, then constant, or falling to 0 at `num_steps`."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    match config.schedule:
-        case "constant":
-            return config.lr
-        case "linear":
-            return config.lr * (1 - progress)
-        case "cosine":
-            return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:

@@ -11,7 +11,7 @@ from prefix_rft import trainer as trainer_module
 from prefix_rft.config import Config, OptimizerConfig
 from prefix_rft.interrupt import Interrupt
 from prefix_rft.ledger import Ledger
-from prefix_rft.trainer import learning_rate
+from prefix_rft.optimizer import learning_rate
 from tests.tiny import make_tokenizer, make_trainer
 
 VOCAB_SIZE = len(make_tokenizer())  # the model has more columns
