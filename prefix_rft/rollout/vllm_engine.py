@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from prefix_rft.config import ConfigError, VLLMConfig
 from prefix_rft.data_types import Completion, RolloutRequest
-from prefix_rft.rollout import check_call
+from prefix_rft.rollout import OnDone, check_call
+from prefix_rft.weights import full_weights
 
 _MIB = 2**20
 
@@ -83,8 +83,7 @@ class VLLMEngine:
                 "model.device: vLLM takes the first visible device; choose it by "
                 f"CUDA_VISIBLE_DEVICES, got {device}"
             )
-        self._starts_world = not dist.is_initialized()  # vLLM's alone
-        num_ranks = 1 if self._starts_world else dist.get_world_size()
+        num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         if num_ranks % config.tensor_parallel_size:
             raise ConfigError(
                 f"vllm.tensor_parallel_size: expected a divisor of the {num_ranks} processes, "
@@ -94,6 +93,10 @@ class VLLMEngine:
         self._peers: dist.ProcessGroup | None = None  # who generates the same requests
         if config.tensor_parallel_size > 1:
             self._peers, _ = dist.new_subgroups(config.tensor_parallel_size, backend="gloo")
+        self._starts_world = not dist.is_initialized()
+        if self._starts_world:  # else vLLM does, for CUDA only, and checkpoints need the CPU too
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", max_length)
         self._max_length = min(max_length, limit)
         with TemporaryDirectory() as folder:
@@ -125,11 +128,11 @@ class VLLMEngine:
         self.weights_version = None
         if self._is_asleep:
             self._llm.wake_up(["weights"])
-        weights = engine_weights(
+        weights = full_weights(
             model,
-            vocab_size=self._vocab_size,
             dtype=self._dtype,
             bucket_bytes=self._bucket_bytes,
+            vocab_size=self._vocab_size,
             unties=self._unties,
         )
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -162,6 +165,7 @@ class VLLMEngine:
         temperature: float,
         seed: int,
         weights_version: int,
+        on_done: OnDone | None = None,
     ) -> list[Completion]:
         """One completion per request, in order; collective with tensor parallelism.
 
@@ -178,7 +182,7 @@ class VLLMEngine:
             asked_version=weights_version,
             version=self.weights_version,
             max_length=self._max_length,
-            max_length_source="the engine's; data.max_prompt_tokens + max_response_length",
+            max_length_source="data.max_prompt_tokens + max_response_length, or the model's own",
         )
         if self._llm.llm_engine.has_unfinished_requests():
             raise RuntimeError("an interrupted generate left requests: make a new engine")
@@ -189,7 +193,17 @@ class VLLMEngine:
         jobs, start = self._with_peers(own)
         if not jobs:
             return []
-        outputs = self._llm.generate(
+        completions: dict[int, Completion] = {}
+        for index, completion in self._run(jobs, temperature):
+            if 0 <= index - start < len(own):
+                completions[index - start] = completion
+                if on_done is not None:
+                    on_done(index - start, completion)
+        return [completions[i] for i in range(len(own))]
+
+    def _run(self, jobs: list["_Job"], temperature: float) -> Iterator[tuple[int, Completion]]:
+        """The index of each job and its completion, in the order in which they end."""
+        ids = self._llm.enqueue(
             [{"prompt_token_ids": job.token_ids} for job in jobs],
             [
                 self._vllm.SamplingParams(
@@ -208,7 +222,11 @@ class VLLMEngine:
             ],
             use_tqdm=False,
         )
-        return [_completion(output.outputs[0]) for output in outputs[start : start + len(own)]]
+        first = int(ids[0].partition("-")[0])  # requests are numbered; a random suffix follows
+        while self._llm.llm_engine.has_unfinished_requests():
+            for output in self._llm.llm_engine.step():
+                if output.finished:
+                    yield int(output.request_id) - first, _completion(output.outputs[0])
 
     def _with_peers(self, own: list["_Job"]) -> tuple[list["_Job"], int]:
         """The jobs of all ranks that share the weights, in order of rank, and where ours start."""
@@ -230,53 +248,6 @@ def request_seed(seed: int, index: int) -> int:
     """Of request `index` of a call with `seed`, in [0, 2**63)."""
     digest = hashlib.sha256(f"{seed},{index}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
-
-
-def engine_weights(
-    model: nn.Module,
-    *,
-    vocab_size: int,
-    dtype: torch.dtype,
-    bucket_bytes: int,
-    unties: bool = False,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of `model` in `dtype` under their Hugging Face names, cut to the vocabulary.
-
-    Sharded weights are cast, then gathered, as many at a time as fit into `bucket_bytes`, or one
-    that does not. Every rank gathers a bucket before it hands out the first weight of it. A tied
-    weight comes once, under its first name, or, with `unties`, under each.
-    """
-    weights: dict[int | str, tuple[str, torch.Tensor]] = {}
-    # The state dict comes first: it shards again what a forward has left gathered.
-    for name, weight in model.state_dict(keep_vars=True).items():
-        weights.setdefault(name if unties else id(weight), (name, weight))
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    by_token = {id(embedding.weight), id(head.weight), id(getattr(head, "bias", None))}
-
-    def full(weight: torch.Tensor) -> torch.Tensor:
-        local = weight.to(dtype) if weight.is_floating_point() else weight
-        whole = local.full_tensor() if isinstance(local, DTensor) else local
-        return whole[:vocab_size] if id(weight) in by_token else whole
-
-    with torch.no_grad():
-        for bucket in _buckets(weights.values(), dtype, bucket_bytes):
-            gathered = [(name, full(weight)) for name, weight in bucket]
-            while gathered:
-                yield gathered.pop(0)
-
-
-def _buckets(
-    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, max_bytes: int
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    bucket, size = [], 0
-    for name, weight in weights:
-        num_bytes = weight.numel() * dtype.itemsize
-        if bucket and size + num_bytes > max_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, weight))
-        size += num_bytes
-    yield bucket
 
 
 def _completion(output: object) -> Completion:

@@ -1,0 +1,308 @@
+"""The vLLM engine against the trainer's log-probs and the transformers engine; real vLLM on a CPU.
+
+vLLM changes threads and process groups of the process that imports it, so that all of it happens in
+others, by tests/vllm_worker.py, with the packages of .venv-vllm, which `make test` sets up.
+"""
+
+import json
+import math
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from prefix_rft import weights
+from prefix_rft.config import ConfigError, VLLMConfig, config_from_dict, save_config
+from prefix_rft.rollout import vllm_engine
+from prefix_rft.rollout.vllm_engine import VLLMEngine, request_seed
+from tests.rollout_cases import VOCAB, make_requests
+from tests.tiny import make_model
+
+ROOT = Path(__file__).parent.parent
+VENV = ROOT / ".venv-vllm"
+PYTHON = Path(os.environ.get("PREFIX_RFT_VLLM_PYTHON", VENV / "bin/python"))
+TOLERANCE = 1e-4  # nats, of a log-prob
+EOS = range(0, VOCAB, 12)  # as in the worker
+CPU = torch.device("cpu")
+
+Found = Callable[..., dict]
+
+
+@pytest.fixture(scope="session")
+def measure(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """A function that runs a scenario of the worker, once, and returns what it found."""
+    if torch.cuda.is_available():
+        pytest.skip("the CPU rebuild of vLLM is for machines without CUDA")
+    if not PYTHON.exists():
+        log = VENV / "failed"
+        reason = log.read_text().strip().splitlines()[-1] if log.exists() else "run make test"
+        pytest.skip(f"no vLLM for the CPU in {PYTHON}: {reason}")
+    results: dict[tuple, dict] = {}
+
+    def run(scenario: str, *arguments: object, num_ranks: int = 1, **environment: str) -> dict:
+        key = (scenario, *arguments, num_ranks, *environment.items())
+        if key not in results:
+            out = tmp_path_factory.mktemp(scenario) / "found.json"
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+            command = ["tests/vllm_worker.py", scenario, out, *arguments]
+            if num_ranks > 1:
+                command = [*launcher, num_ranks, *command]
+            process = subprocess.run(
+                [PYTHON, *map(str, command)],
+                cwd=ROOT,
+                env=_environment() | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=300,
+            )
+            assert process.returncode == 0, process.stdout[-8000:]
+            results[key] = json.loads(out.read_text())
+        return results[key]
+
+    return run
+
+
+def _environment() -> dict[str, str]:
+    """One thread, and none of the settings that make this process Triton's interpreter."""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def engine(measure: Found) -> dict:
+    return measure("engine")
+
+
+def test_log_probs_are_those_of_the_trainer(engine):
+    assert engine["gap"] < TOLERANCE
+    assert engine["greedy_gap"] < TOLERANCE
+    assert engine["gap_untied"] < TOLERANCE
+
+
+def test_log_probs_follow_an_update_once_it_is_pushed(engine):
+    assert engine["gap_cached"] < TOLERANCE  # prompts that fill blocks of the prefix cache
+    assert engine["gap_faked"] > 1
+    assert engine["gap_followed"] < TOLERANCE
+
+
+def test_stale_or_no_weights_are_refused(engine):
+    assert "the engine holds none" in engine["before_push"]
+    assert "asked for version 1, the engine holds version 0" in engine["stale"]
+
+
+def test_budgets_and_stopping(engine):
+    requests = make_requests(32)
+    reasons = set()
+    for request, (ids, log_probs, reason) in zip(requests, engine["completions"], strict=True):
+        assert len(ids) == len(log_probs)
+        assert not set(ids[:-1]) & set(EOS)
+        if reason == "stop":
+            assert ids[-1] in EOS and len(ids) <= request.max_new_tokens
+        else:
+            assert ids[-1] not in EOS and len(ids) == request.max_new_tokens
+        reasons.add(reason)
+    assert reasons == {"stop", "length"}
+
+
+def test_greedy_completions_are_those_of_the_transformers_engine(engine):
+    assert engine["greedy"] == engine["greedy_expected"]
+    assert {reason for _, reason in engine["greedy"]} == {"stop", "length"}
+
+
+def test_ids_past_the_tokenizer_are_never_sampled(engine):
+    assert engine["unmasked_id_max"] >= VOCAB  # where nothing keeps them out
+    completions = [ids for ids, _, _ in engine["completions"]]
+    assert max(max(ids) for ids in completions) < VOCAB
+
+
+def test_draws_follow_the_distribution(engine):
+    expected = np.array(engine["draw_probs"]) * len(engine["draws"])
+    counts = np.bincount(engine["draws"], minlength=VOCAB)
+    often = expected > 5
+    chi_square = ((counts - expected)[often] ** 2 / expected[often]).sum()
+    degrees = int(often.sum())
+    assert degrees > 10
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_a_request_has_its_own_stream(engine):
+    assert engine["repeated"]
+    assert engine["alone"]  # whatever is generated beside it
+    assert not engine["other_seed"]
+
+
+def test_limits_and_odd_calls(engine):
+    assert "requests[1]: expected at most 320 tokens" in engine["too_long"]
+    assert engine["longest"] == "not refused"
+    assert engine["no_requests"] == []
+    assert all(math.isnan(value) for value in engine["not_finite"])
+    assert "an interrupted generate left requests" in engine["interrupted"]
+
+
+def test_completions_are_told_as_they_end(engine):
+    told = [index for index, _ in engine["told"]]
+    assert sorted(told) == list(range(32)) and told != sorted(told)
+    completions = [ids for ids, _, _ in engine["completions"]]
+    assert all(ids == completions[index] for index, ids in engine["told"])
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+def test_two_ranks_push_and_generate(measure, tensor_parallel_size):
+    found = measure("ranks", num_ranks=2, TENSOR_PARALLEL_SIZE=str(tensor_parallel_size))
+    assert found["num"] == [6, 10]
+    assert all(gap < TOLERANCE for gap in found["gap"])
+    assert all(found["kept"])
+
+
+@pytest.fixture
+def runs(measure: Found, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.getbasetemp() / "runs-configs"
+    if not folder.exists():
+        folder.mkdir()
+        for name in ("transformers", "vllm"):
+            save_config(_run_config(name, folder), folder / f"{name}.toml")
+    return measure("runs", folder)
+
+
+def _run_config(engine: str, folder: Path):
+    """The testbed with a hardly trained base, and a reward that a few steps raise."""
+    return config_from_dict(
+        {
+            "name": engine,
+            "output_dir": str(folder / engine),
+            "data": {"path": "testbed", "num_eval": 16, "max_prompt_tokens": 160},
+            "testbed": {"num_train": 64},
+            "base": {"cache_dir": str(folder / "base"), "num_batches": 40, "batch_size": 16},
+            "model": {"device": "cpu"},
+            "rollout": {"engine": engine, "max_response_length": 40},
+            "vllm": {"enforce_eager": True, "kv_cache_mib": 128},
+            "reward": {"function": "tests.vllm_worker:many_digits"},
+            "optimizer": {"lr": 5e-4},
+            "trainer": {"num_steps": 8, "prompts_per_step": 8, "prompts_per_update": 8},
+            "eval": {"num_samples": 2},
+            "log": {"progress": "plain", "tensorboard": False},
+        }
+    )
+
+
+def test_a_run_learns_as_with_the_transformers_engine(runs):
+    for found in runs.values():
+        records = [record for record in found["records"] if record["kind"] == "train"]
+        rewards = [record["reward/ordinary_mean"] for record in records]
+        assert len(rewards) == 8
+        assert sum(rewards[-3:]) / 3 > rewards[0] + 0.5
+        assert found["summary"]["trained"]["greedy"] > found["summary"]["base"]["greedy"]
+        # A step in which all rollouts earn the same measures nothing.
+        gaps = [record.get("rollout/log_prob_gap_max") for record in records]
+        gaps = [gap for gap in gaps if gap is not None]
+        assert len(gaps) > 2 and max(gaps) < TOLERANCE
+
+
+def test_without_vllm_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'prefix-rft\[vllm\]'"):
+        make_engine(make_model(20))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sleep": True}, "vllm.sleep: expected false"),
+        ({"tensor_parallel_size": 2}, "vllm.tensor_parallel_size: expected a divisor of the 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_engine(make_model(20), **changes)
+
+
+def test_models_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match="model.dtype: vLLM has no float64"):
+        make_engine(make_model(20).double())
+    with pytest.raises(ValueError, match="eos_token_ids: expected an id below 20, got none"):
+        make_engine(make_model(20), eos_token_ids=[20])
+    with pytest.raises(ConfigError, match="model.device: .* got cuda:1"):
+        make_engine(make_model(20), device=torch.device("cuda:1"))
+
+
+def make_engine(model, *, device=CPU, eos_token_ids=(1,), **config) -> VLLMEngine:
+    return VLLMEngine(
+        model,
+        config=VLLMConfig(**config),
+        device=device,
+        max_length=64,
+        eos_token_ids=eos_token_ids,
+        vocab_size=20,
+        max_batch_sequences=4,
+    )
+
+
+def test_no_more_than_a_bucket_is_gathered_at_once(monkeypatch):
+    gathered, bound, consumed, held = [], 10_000, 0, []
+
+    def gather(weight: torch.Tensor) -> torch.Tensor:
+        gathered.append(weight.nbytes)
+        return weight
+
+    monkeypatch.setattr(weights, "full_tensor", gather)
+    model = make_model(20)
+    for _, weight in weights.full_weights(model, dtype=torch.bfloat16, bucket_bytes=bound):
+        held.append(sum(gathered) - consumed)
+        assert held[-1] <= max(bound, weight.nbytes)
+        consumed += weight.nbytes
+    assert consumed == sum(gathered) == 2 * model.num_parameters()
+    assert max(held) > bound / 2
+
+
+class RecordingLLM:
+    """What of `vllm.LLM` the pushes and the sleep of an engine use."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        self.calls: list[object] = []
+
+    def sleep(self, level: int) -> None:
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(f"wake {tags[0]}")
+
+    def collective_rpc(self, method: str, kwargs: dict) -> None:
+        self.calls += [method, *(name for name, _ in kwargs["weights_iterator"])][:2]
+
+    def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset")
+        return True
+
+
+def test_on_cuda_the_engine_sleeps_until_new_weights_come(monkeypatch):
+    """The order of calls; that vLLM then frees and restores memory is unmeasured."""
+    monkeypatch.setattr(vllm_engine, "_import_vllm", lambda: SimpleNamespace(LLM=RecordingLLM))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    model, requests = make_model(20), make_requests(1)
+    engine = make_engine(model, device=torch.device("cuda"))
+    push = ["reload_weights", "model.embed_tokens.weight"]
+    engine.update_weights(model, 0)
+    assert engine._llm.calls == [*push, "reset"]
+    engine._llm.calls.clear()
+    engine.sleep()
+    engine.sleep()
+    with pytest.raises(RuntimeError, match="the engine holds none"):
+        engine.generate(requests, temperature=1.0, seed=0, weights_version=0)
+    engine.update_weights(model, 0)
+    assert engine._llm.calls == ["sleep 2", "wake weights", *push, "wake kv_cache", "reset"]
+    assert engine.weights_version == 0
+
+
+def test_seeds_differ_and_fit():
+    seeds = {request_seed(seed, index) for seed in (0, 1, 2**40) for index in range(100)}
+    assert len(seeds) == 300
+    assert all(0 <= seed < 2**63 for seed in seeds)
