@@ -1,7 +1,10 @@
 """The arguments that the ops from hidden states share: checked, flattened, in one order."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import _backends, _check
 from .token_stats import check_rows
@@ -19,14 +22,19 @@ def check_inputs(
     workspace_bytes: int,
     backend: str,
     row_mask: Tensor | None = None,
-) -> tuple[tuple, Tensor]:
-    """The arguments of `make_head`; and the rows [T] that have an output."""
+    process_group: ProcessGroup | None = None,
+) -> tuple[tuple, Tensor, Any]:
+    """The arguments of `make_head`; the rows [T] that have an output; this rank's shard, if any."""
     _check.tensor("hidden", hidden)
     if hidden.dim() == 0:
         raise ValueError("hidden must be [..., D], got a 0-dim tensor")
     shape, width = hidden.shape[:-1], hidden.shape[-1]
+    shard = None
+    if process_group is not None or hasattr(weight, "device_mesh"):
+        weight, bias, low_rank, shard = _own_shard(hidden, weight, bias, low_rank, process_group)
     _check.tensor("lm_head_weight", weight, dtypes=(hidden.dtype,), like=hidden)
-    if weight.dim() != 2 or weight.shape[1] != width or len(weight) == 0:
+    num_classes = len(weight) if shard is None else shard.num_classes
+    if weight.dim() != 2 or weight.shape[1] != width or num_classes == 0:
         raise ValueError(
             f"lm_head_weight must be [V, {width}] with V at least 1, got {list(weight.shape)}"
         )
@@ -36,14 +44,14 @@ def check_inputs(
     if bias is not None:
         _check.tensor("bias", bias, dtypes=(hidden.dtype,), shape=weight.shape[:1], like=hidden)
     if vocab_size is None:
-        vocab_size = len(weight)
-    _check.integer("vocab_size", vocab_size, least=1, most=len(weight))
+        vocab_size = num_classes
+    _check.integer("vocab_size", vocab_size, least=1, most=num_classes)
     _check.integer("workspace_bytes", workspace_bytes, least=1)
     if softcap is not None:
         _check.number("softcap", softcap, above=0)
     valid = check_rows(hidden, shape, targets, temperature, row_mask, vocab_size)
     per_row = isinstance(temperature, Tensor)
-    return (
+    arguments = (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         up,
@@ -55,7 +63,24 @@ def check_inputs(
         vocab_size,
         workspace_bytes,
         _backends.resolve(backend, hidden.device),
-    ), valid.reshape(-1)
+    )
+    return arguments, valid.reshape(-1), shard
+
+
+def _own_shard(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+    process_group: ProcessGroup | None,
+) -> tuple:
+    from ._vocab_parallel import own_shard
+
+    if hasattr(hidden, "device_mesh"):
+        raise TypeError("hidden must be a plain tensor, the same on all ranks, got a DTensor")
+    inner, up = (None, None) if low_rank is None else low_rank
+    weight, (bias, up), shard = own_shard(weight, {"bias": bias, "low_rank[1]": up}, process_group)
+    return weight, bias, None if low_rank is None else (inner, up), shard
 
 
 def _check_low_rank(
@@ -79,7 +104,8 @@ def check_dweight(dweight: Tensor | None, weight: Tensor) -> None:
         return
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     _check.tensor("accumulate_dweight", dweight, dtypes=(dtype,), shape=weight.shape, like=weight)
-    if not weight.requires_grad or dweight.requires_grad:
+    frozen = torch.is_grad_enabled() and not weight.requires_grad
+    if frozen or dweight.requires_grad:
         raise ValueError(
             "accumulate_dweight must be a buffer without a gradient of its own, for an "
             "lm_head_weight that requires one"

@@ -91,7 +91,12 @@ def _(hidden, weight, low_rank, *arguments):
     return _fake_grads(hidden, weight, low_rank, wanted_results(needs, dweight))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def split_head(arguments: Sequence) -> tuple[Sequence, Sequence]:
+    """The arguments of make_head, and the others."""
+    return arguments[:_NUM_HEAD], arguments[_NUM_HEAD:]
+
+
+def setup_context(ctx, inputs, output) -> None:
     *head, valid, active_rows, _, ctx.dweight = inputs
     ctx.options = head[6:]
     ctx.set_materialize_grads(False)
@@ -99,14 +104,14 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*head[:6], valid, active_rows, *output[1:])
 
 
-def _backward(ctx, dlog_probs, dentropy, _):
+def backward(ctx, dlog_probs, dentropy, _, gradient=token_stats_bwd):
     *tensors, valid, active_rows, entropy, saved = ctx.saved_tensors
     num_others = _NUM_HEAD + 4 - NUM_TENSORS
     if dlog_probs is None and dentropy is None:
         return (None,) * (NUM_TENSORS + num_others)
     scalars = (None if d is None else torch.where(valid, d, 0) for d in (dlog_probs, dentropy))
     needs = list(ctx.needs_input_grad[:NUM_TENSORS])
-    found = token_stats_bwd(
+    found = gradient(
         *tensors, *ctx.options, active_rows, entropy, saved, *scalars, needs, ctx.dweight
     )
     grads = [
@@ -116,7 +121,7 @@ def _backward(ctx, dlog_probs, dentropy, _):
     return (*grads, *(None,) * num_others)
 
 
-token_stats_fwd.register_autograd(_backward, setup_context=_setup_context)
+token_stats_fwd.register_autograd(backward, setup_context=setup_context)
 
 
 @torch.library.custom_op("rft_kernels::linear_policy", mutates_args=())
@@ -174,12 +179,14 @@ def _(hidden, weight, low_rank, *arguments):
     return *stats[:2], *_fake_grads(hidden, weight, low_rank, arguments[-1])
 
 
-def config_arguments(config: PolicyConfig) -> tuple:
-    """The token-level terms of a config as `policy` takes them."""
+def policy_of(*arguments) -> tuple[Tensor, ...]:
+    """`policy`, with tokens and config as they are."""
+    *head_and_rows, tokens, config, needs = arguments
     prefix_clip = {"same": (config.clip_low, config.clip_high), "none": (torch.inf,) * 2}.get(
         config.prefix_clip, config.prefix_clip
     )
-    return (
+    return policy(
+        *head_and_rows, *tokens,
         config.clip_low, config.clip_high, config.dual_clip, list(prefix_clip),
-        config.importance_cap, config.entropy_coef, config.kl, config.kl_coef,
+        config.importance_cap, config.entropy_coef, config.kl, config.kl_coef, needs,
     )  # fmt: skip

@@ -5,10 +5,14 @@ D flops: statistics 1; loss and gradient 1 + 2a in one pass, where the derivativ
 nothing from other rows, and 1 + 3a in two passes. Vocabulary-sized temporaries: `workspace_bytes`.
 """
 
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import _linear_ops
 from ._linear_inputs import check_dweight, check_inputs
@@ -16,6 +20,15 @@ from .policy_config import DEFAULT_CONFIG, PolicyConfig
 from .policy_loss import PolicyLoss, finish_loss, plan_loss
 from .selection import FIFTH
 from .token_stats import TokenStats
+
+
+def _ops(shard: Any) -> tuple[Callable, Callable]:
+    """Statistics, and loss with gradients: on one rank, or over those that share the classes."""
+    if shard is None:
+        return _linear_ops.token_stats_fwd, _linear_ops.policy_of
+    from . import _vocab_parallel
+
+    return partial(_vocab_parallel.token_stats, shard), partial(_vocab_parallel.policy, shard)
 
 
 def linear_token_stats(
@@ -30,6 +43,7 @@ def linear_token_stats(
     temperature: float | Tensor = 1.0,
     row_mask: Tensor | None = None,
     vocab_size: int | None = None,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> TokenStats:
     """`token_stats` of hidden @ lm_head_weight.T, which never exists whole.
@@ -49,6 +63,10 @@ def linear_token_stats(
             least. More than pays is not used.
         temperature, row_mask, vocab_size, backend: see `token_stats`; columns from `vocab_size` on
             are not even projected.
+        process_group: `lm_head_weight`, and what comes by classes beside it, are this rank's part
+            of them, in the order of the group's ranks; all else is the same on all ranks, and so
+            are the results. `vocab_size` counts the classes of all. A weight that is a DTensor
+            placed Shard(0) says as much by itself. Not under torch.compile.
     Returns:
         TokenStats of shape [...]; rows without a target are 0.
     Raises:
@@ -58,11 +76,12 @@ def linear_token_stats(
     projects again, and only (on a CPU) rows whose incoming gradients are not both zero. Sums are
     float32 (float64 for float64). Deterministic.
     """
-    arguments, valid = check_inputs(
+    arguments, valid, shard = check_inputs(
         hidden, lm_head_weight, low_rank, bias, targets, temperature, softcap, vocab_size,
-        workspace_bytes, backend, row_mask,
+        workspace_bytes, backend, row_mask, process_group,
     )  # fmt: skip
-    log_probs, entropy, _ = _linear_ops.token_stats_fwd(*arguments, valid, None, False, None)
+    op, _ = _ops(shard)
+    log_probs, entropy, _ = op(*arguments, valid, None, False, None)
     return TokenStats(log_probs.view(targets.shape), entropy.view(targets.shape))
 
 
@@ -91,13 +110,14 @@ def linear_prefix_rft_loss(
     stats: str = "all",
     active_rows: Tensor | None = None,
     accumulate_dweight: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
     """`prefix_rft_loss` of hidden @ lm_head_weight.T, which never exists whole.
 
     Args:
         hidden, lm_head_weight, targets, bias, low_rank, softcap, workspace_bytes, temperature,
-            vocab_size, backend: see `linear_token_stats`.
+            vocab_size, process_group, backend: see `linear_token_stats`.
         old_log_probs, advantages, response_mask, prefix_mask, normalizer, config, fraction,
             cu_seqlens, selected_mask, rollout_log_probs, ref_log_probs, stats, active_rows: see
             `prefix_rft_loss`; `active_rows` holds each row once. On a CPU the active rows are found
@@ -114,11 +134,12 @@ def linear_prefix_rft_loss(
     select, ratio of the token), they are computed in the forward, from one projection, and only
     scaled by the backward; otherwise the backward projects the active rows again. Deterministic.
     """
-    arguments, _ = check_inputs(
+    arguments, _, shard = check_inputs(
         hidden, lm_head_weight, low_rank, bias, targets, temperature, softcap, vocab_size,
-        workspace_bytes, backend,
+        workspace_bytes, backend, process_group=process_group,
     )  # fmt: skip
-    check_dweight(accumulate_dweight, lm_head_weight)
+    stats_op, policy_op = _ops(shard)
+    check_dweight(accumulate_dweight, arguments[1])
     shape = hidden.shape[:-1]
     plan = plan_loss(
         hidden.new_empty(()).expand(shape), targets, old_log_probs, advantages, response_mask,
@@ -132,16 +153,14 @@ def linear_prefix_rft_loss(
     needs = [x is not None and x.requires_grad for x in inputs]
     gradient = None
     if known_rows and config.depends_on_row_alone and any(needs) and torch.is_grad_enabled():
-        log_probs, entropy, *dinputs = _linear_ops.policy(
-            *(x.detach() if isinstance(x, Tensor) else x for x in arguments),
-            plan.needed, plan.active, active_rows, only_active,
-            *plan.tokens, *_linear_ops.config_arguments(config), needs,
-        )  # fmt: skip
+        detached = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
+        rows = (plan.needed, plan.active, active_rows, only_active)
+        log_probs, entropy, *dinputs = policy_op(*detached, *rows, plan.tokens, config, needs)
         sinks = [None, accumulate_dweight, None, None]
         chosen = [i for i, need in enumerate(needs) if need]
         gradient = tuple([part[i] for i in chosen] for part in (inputs, dinputs, sinks))
     else:
-        log_probs, entropy, _ = _linear_ops.token_stats_fwd(
+        log_probs, entropy, _ = stats_op(
             *arguments, plan.needed, active_rows, only_active, accumulate_dweight
         )
     return finish_loss(

@@ -65,7 +65,7 @@ def row_grad(
     temperature: float | Tensor,  # or [T]
     softcap: float | None,
     entropy: Tensor,  # [T]
-    saved: Tensor,  # [T, NUM_SAVED]
+    saved: Tensor,  # [T, 0]; [T, 2] where the logits are a part of the row: its maximum and sum
     dlog_probs: Tensor | None,  # [T]
     dentropy: Tensor | None,  # [T]
     scratch_bytes: int,
@@ -74,19 +74,20 @@ def row_grad(
     dtype = stats_dtype(logits.dtype)
     g = torch.zeros_like(entropy) if dlog_probs is None else dlog_probs
     active = g != 0 if dentropy is None else (g != 0) | (dentropy != 0)
-    index = torch.where((targets >= 0) & (targets < logits.shape[1]), targets, 0).long()
+    here = (targets >= 0) & (targets < logits.shape[1])
+    index, g_here = torch.where(here, targets, 0).long(), torch.where(here, g, 0)
     for rows in _blocks(active, logits, scratch_bytes):
         t = at(temperature, rows)
         z, slope = _scaled(logits[rows], t, softcap, dtype)
         g_rows = (g[rows] / t)[:, None]
-        dz = torch.softmax(z, -1)
+        dz = _softmax(z, saved[rows], t)
         if dentropy is None:
             dz.mul_(-g_rows)
         else:
-            log_p = torch.log_softmax(z, -1).clamp_(min=_LOWEST_LOG_P)
+            log_p = _softmax(z, saved[rows], t, log=True).clamp_(min=_LOWEST_LOG_P)
             h_rows = (dentropy[rows] / t)[:, None]
             dz.mul_(log_p.add_(entropy[rows, None]).mul_(h_rows).add_(g_rows)).neg_()
-        dz.scatter_add_(-1, index[rows, None], g_rows)
+        dz.scatter_add_(-1, index[rows, None], (g_here[rows] / t)[:, None])
         if slope is not None:
             dz.mul_(slope)
         if out.device.type != "cpu":
@@ -94,6 +95,15 @@ def row_grad(
         out[rows] = dz.to(out.dtype)
     if out.device.type == "cpu":
         out.index_fill_(0, (~active).nonzero().squeeze(-1), 0)
+
+
+def _softmax(z: Tensor, saved: Tensor, temperature: float | Tensor, *, log: bool = False) -> Tensor:
+    """p or log p; where z is a part of a row, by that row's maximum (untempered) and sum."""
+    if saved.shape[1] == 0:
+        return torch.log_softmax(z, -1) if log else torch.softmax(z, -1)
+    maximum, total = saved.unbind(1)
+    shifted = z - (maximum / temperature)[:, None]
+    return shifted.sub_(total.log()[:, None]) if log else shifted.exp_().div_(total[:, None])
 
 
 def _blocks(chosen: Tensor, logits: Tensor, scratch_bytes: int) -> Iterator[slice | Tensor]:

@@ -266,11 +266,16 @@ def test_a_device_is_told_the_number_of_active_rows(monkeypatch, stats, selectin
     monkeypatch.setattr(_head, "_COUNTING_DEVICES", ())
     monkeypatch.setattr(_tokens, "_interpret", True)
     inputs["active_rows"] = torch.arange(7)
+    with torch.no_grad():
+        linear_prefix_rft_loss(**inputs, backend="triton")
+    without_gradient = sum(projected)
+    assert without_gradient == (7 if stats == "active" and not selecting else 24)
+    projected.clear()
     found = linear_prefix_rft_loss(**inputs, backend="triton")
     in_forward = sum(projected)
     found.loss.backward()
     torch.testing.assert_close(found.loss, expected.loss)
     for name, x in zip(NAMES, truth, strict=True):
         torch.testing.assert_close(inputs[name].grad, x, rtol=1e-5, atol=1e-7)
-    assert in_forward == (7 if stats == "active" and not selecting else 24)
+    assert in_forward == without_gradient
     assert sum(projected) - in_forward == (7 if selecting else 0)
