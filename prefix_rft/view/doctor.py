@@ -17,7 +17,7 @@ from prefix_rft.view.memory import memory_terms, peak_bytes, shapes_of
 MODULES = ("torch", "triton", "transformers", "datasets", "math_verify")
 # module -> (extra, what a run does with it)
 EXTRAS = {
-    "vllm": ("vllm", "not used by this version"),
+    "vllm": ("vllm", "serves rollout.engine vllm"),
     "flash_attn": ("flash-attn", "attention of packed rows on CUDA, without padding"),
     "liger_kernel": ("liger", "not used by this version"),
     "wandb": ("wandb", "serves log.wandb_project"),
