@@ -163,6 +163,7 @@ class ModelConfig:
     device: str = "auto"  # auto: cuda where there is one, else cpu
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False
+    liger: bool = False  # liger-kernel's RMSNorm, RoPE and SwiGLU; CUDA only
     # of adapters that are trained in place of the weights of the body; None: all weights are
     lora_rank: int | None = None
     lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank

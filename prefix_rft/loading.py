@@ -54,7 +54,7 @@ def resolve_autocast_dtype(config: ModelConfig) -> torch.dtype | None:
 
 def host_config(config: ModelConfig) -> ModelConfig:
     """`config` for weights that are only kept and copied, in host memory."""
-    return replace(config, device="cpu", attention="auto")
+    return replace(config, device="cpu", attention="auto", liger=False)
 
 
 def load_tokenizer(path: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -175,6 +175,9 @@ def _master_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def _prepare(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> PreTrainedModel:
+    if config.liger:
+        _require_liger(resolve_device(config))
+        _apply_liger(model)
     if config.lora_rank is not None:
         add_adapters(
             model,
@@ -203,6 +206,25 @@ def _attention(config: ModelConfig) -> str | None:
             "model.dtype bfloat16"
         )
     return config.attention
+
+
+def _require_liger(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError(f"model.liger: expected a CUDA device, got {device}")
+    if find_spec("liger_kernel") is None:
+        raise ConfigError(
+            "model.liger: liger-kernel is not installed; pip install 'prefix-rft[liger]'"
+        )
+
+
+def _apply_liger(model: PreTrainedModel) -> None:
+    """All kernels that liger has for the model but those of lm_head and loss, which are ours."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ConfigError(f"model.liger: liger-kernel does not know {type(model).__name__}")
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def _not_found(path: str | Path, what: str, error: Exception) -> ConfigError:
