@@ -38,7 +38,7 @@ def run(folder: Path, arguments: list[str], *, engine: str, ranks: int, steps: i
         "log.progress": "plain",
         "log.no-tensorboard": None,
     }
-    command = [*launcher, "-m", "prefix_rft.cli", "train", "testbed", *arguments]
+    command = [*launcher, "-m", "prefix_rft", "train", "testbed", *arguments]
     for name, value in options.items():
         command += [f"--{name}"] if value is None else [f"--{name}", str(value)]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}

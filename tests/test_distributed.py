@@ -98,7 +98,7 @@ def test_one_step_equals_that_of_one_process(
 def train_on_ranks(config: Config, folder: Path, *, ranks: int = 2) -> subprocess.Popen:
     """`prefix-rft train CONFIG --resume` under torchrun."""
     save_config(config, folder / "run.toml")
-    command = ["-m", "prefix_rft.cli", "train", folder / "run.toml", "--resume"]
+    command = ["-m", "prefix_rft", "train", folder / "run.toml", "--resume"]
     return torchrun(*command, ranks=ranks)
 
 
