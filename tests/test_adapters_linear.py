@@ -10,10 +10,13 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import verl_stand_in
 from rft_kernels import adapters, linear_token_stats
 from rft_kernels.adapters import liger, trl, verl
 from test_adapters import seeded
+from torch.distributed.tensor import Shard, distribute_tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 B, L, V, D = 3, 7, 41, 16
@@ -331,6 +334,40 @@ def test_verl_linear_cross_entropy(reduction, temperature):
     assert_same(ours, theirs)
 
 
+def sharded(rank: int, store: str, results) -> None:
+    """verl's head over two ranks of unequal shards, gradients as each rank has them."""
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    hidden, weight, _, labels = head(B * L)
+    own = weight.detach().split([25, V - 25])[rank].requires_grad_()
+    results[rank] = [
+        x.detach()
+        for x in outcome(
+            verl.linear_cross_entropy, hidden, own, labels, 0.7, "none", dist.group.WORLD
+        )
+    ]
+    mesh = dist.init_device_mesh("cpu", (2,))
+    with pytest.raises(TypeError, match="DTensor: gather it"):
+        verl.FusedLinearForPPO()(hidden, distribute_tensor(weight, mesh, [Shard(0)]), labels)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_verl_linear_cross_entropy_over_ranks(tmp_path):
+    """Gradients by hidden add up over ranks, those by the weight are each rank's own."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(sharded, (str(tmp_path / "store"), results), nprocs=2)
+        first, second = results[0], results[1]
+    theirs = verl_stand_in.modules()["verl.utils.kernel.linear_cross_entropy"]
+    hidden, weight, _, labels = head(B * L)
+    log_probs, entropy, dhidden, dweight = (
+        x.detach() for x in outcome(theirs.linear_cross_entropy, hidden, weight, labels, 0.7)
+    )
+    whole = [first[2] + second[2], torch.cat([first[3], second[3]])]
+    assert_same([*first[:2], *second[:2]], [log_probs, entropy] * 2)
+    assert_same(whole, [dhidden, dweight])
+
+
 def test_verl_fused_linear(verl_modules):
     theirs = verl_modules["verl.utils.experimental.torch_functional"].FusedLinearForPPO
     hidden, weight, _, ids = head(B * L)
@@ -355,8 +392,6 @@ def test_verl_chunked_entropy(verl_modules):
 
 def test_verl_refusals():
     hidden, weight, _, labels = head(4)
-    with pytest.raises(NotImplementedError, match="dist_process_group"):
-        verl.linear_cross_entropy(hidden, weight, labels, dist_process_group=object())
     with pytest.raises(ValueError, match="reduction must be .* got 'max'"):
         verl.linear_cross_entropy(hidden, weight, labels, 1.0, "max")
 

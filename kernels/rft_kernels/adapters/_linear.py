@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from rft_kernels import adapters
 from rft_kernels.linear import linear_token_stats
@@ -22,8 +24,15 @@ def head_stats(
     bias: Tensor | None = None,  # [V]
     temperature: float = 1.0,
     softcap: float | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> TokenStats:
-    """`linear_token_stats`, weight and bias cast to the dtype of the product."""
+    """`linear_token_stats`, weight and bias cast to the dtype of the product.
+
+    A DTensor is refused: the trainers' are sharded by FSDP, under which hidden states differ by
+    rank, and not by classes.
+    """
+    if isinstance(weight, DTensor):
+        raise TypeError("the head's weight must be a plain tensor, got a DTensor: gather it first")
     dtype = compute_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         return linear_token_stats(
@@ -34,4 +43,5 @@ def head_stats(
             temperature=temperature,
             softcap=softcap,
             workspace_bytes=adapters.workspace_bytes,
+            process_group=process_group,
         )

@@ -39,6 +39,19 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
     return entropy_from_logits(logits)
 
 
+class _Partial(torch.autograd.Function):
+    """Its input, whose gradient is the whole on every rank, and here made a part of the sum."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, num_ranks: int) -> Tensor:
+        ctx.num_ranks = num_ranks
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, dhidden: Tensor) -> tuple[Tensor, None]:
+        return dhidden / ctx.num_ranks, None
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -51,25 +64,31 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., D], T rows in all; under autocast the product is in its dtype.
-        weight: [V, D].
-        labels: T integers of any shape; -100 gives 0.
+        weight: [V, D]; with `dist_process_group` this rank's classes, ranks in order.
+        labels: T integers of any shape, counted over the classes of all ranks; -100 gives 0.
         temperature: above 0.
         reduction: of the log-probabilities: "none", "sum" or "mean" over all T.
-        dist_process_group: None; a vocabulary sharded over ranks is not served.
+        dist_process_group: the ranks that share the classes; all else is the same on each. The
+            gradients by `hidden` then add up over ranks, and the caller reduces them, as verl does.
     Returns:
         (log_probs [T], or 0-dim if reduced; entropy [T]), nats.
     Raises:
         TypeError, ValueError: as `linear_token_stats`, or `reduction` is unknown.
-        NotImplementedError: `dist_process_group` is given.
     Both are differentiable once in `hidden` and `weight`. The logits never exist whole.
     """
-    if dist_process_group is not None:
-        raise NotImplementedError("dist_process_group must be None: each rank needs all classes")
     reduction = reduction.lower()
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    log_probs, entropy = head_stats(hidden, weight, labels.flatten(), temperature=temperature)
+    if dist_process_group is not None:
+        hidden = _Partial.apply(hidden, dist_process_group.size())
+    log_probs, entropy = head_stats(
+        hidden,
+        weight,
+        labels.flatten(),
+        temperature=temperature,
+        process_group=dist_process_group,
+    )
     return log_probs if reduction == "none" else getattr(log_probs, reduction)(), entropy
 
 
