@@ -43,11 +43,11 @@ def measure(tmp_path_factory: pytest.TempPathFactory) -> Found:
         log = VENV / "failed"
         reason = log.read_text().strip().splitlines()[-1] if log.exists() else "run make test"
         pytest.skip(f"no vLLM for the CPU in {PYTHON}: {reason}")
-    results: dict[tuple, dict] = {}
+    ended: dict[tuple, tuple[subprocess.CompletedProcess, Path]] = {}
 
     def run(scenario: str, *arguments: object, num_ranks: int = 1, **environment: str) -> dict:
         key = (scenario, *arguments, num_ranks, *environment.items())
-        if key not in results:
+        if key not in ended:
             out = tmp_path_factory.mktemp(scenario) / "found.json"
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
             command = ["tests/vllm_worker.py", scenario, out, *arguments]
@@ -62,9 +62,10 @@ def measure(tmp_path_factory: pytest.TempPathFactory) -> Found:
                 text=True,
                 timeout=300,
             )
-            assert process.returncode == 0, process.stdout[-8000:]
-            results[key] = json.loads(out.read_text())
-        return results[key]
+            ended[key] = process, out
+        process, out = ended[key]
+        assert process.returncode == 0, process.stdout[-8000:]
+        return json.loads(out.read_text())
 
     return run
 
@@ -162,25 +163,22 @@ def test_two_ranks_push_and_generate(measure, tensor_parallel_size):
     assert all(found["kept"])
 
 
-@pytest.fixture
-def runs(measure: Found, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    folder = tmp_path_factory.getbasetemp() / "runs-configs"
-    if not folder.exists():
-        folder.mkdir()
-        for name in ("transformers", "vllm"):
-            save_config(_run_config(name, folder), folder / f"{name}.toml")
-    return measure("runs", folder)
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all runs find the one base."""
+    return tmp_path_factory.mktemp("base")
 
 
-def _run_config(engine: str, folder: Path):
+@pytest.mark.parametrize(("engine", "num_ranks"), [("transformers", 1), ("vllm", 1), ("vllm", 2)])
+def test_a_run_learns_with_either_engine(measure, base_dir, tmp_path, engine, num_ranks):
     """The testbed with a hardly trained base, and a reward that a few steps raise."""
-    return config_from_dict(
+    config = config_from_dict(
         {
-            "name": engine,
-            "output_dir": str(folder / engine),
+            "name": "run",
+            "output_dir": str(tmp_path / "run"),
             "data": {"path": "testbed", "num_eval": 16, "max_prompt_tokens": 160},
             "testbed": {"num_train": 64},
-            "base": {"cache_dir": str(folder / "base"), "num_batches": 40, "batch_size": 16},
+            "base": {"cache_dir": str(base_dir), "num_batches": 40, "batch_size": 16},
             "model": {"device": "cpu"},
             "rollout": {"engine": engine, "max_response_length": 40},
             "vllm": {"enforce_eager": True, "kv_cache_mib": 128},
@@ -191,19 +189,16 @@ def _run_config(engine: str, folder: Path):
             "log": {"progress": "plain", "tensorboard": False},
         }
     )
-
-
-def test_a_run_learns_as_with_the_transformers_engine(runs):
-    for found in runs.values():
-        records = [record for record in found["records"] if record["kind"] == "train"]
-        rewards = [record["reward/ordinary_mean"] for record in records]
-        assert len(rewards) == 8
-        assert sum(rewards[-3:]) / 3 > rewards[0] + 0.5
-        assert found["summary"]["trained"]["greedy"] > found["summary"]["base"]["greedy"]
-        # A step in which all rollouts earn the same measures nothing.
-        gaps = [record.get("rollout/log_prob_gap_max") for record in records]
-        gaps = [gap for gap in gaps if gap is not None]
-        assert len(gaps) > 2 and max(gaps) < TOLERANCE
+    save_config(config, tmp_path / "config.toml")
+    found = measure("run", tmp_path / "config.toml", num_ranks=num_ranks)
+    rewards = [record["reward/ordinary_mean"] for record in found["records"]]
+    assert len(rewards) == 8
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.5
+    assert found["summary"]["trained"]["greedy"] > found["summary"]["base"]["greedy"]
+    # A step in which all rollouts earn the same measures nothing.
+    gaps = [record.get("rollout/log_prob_gap_max") for record in found["records"]]
+    gaps = [gap for gap in gaps if gap is not None]
+    assert len(gaps) > 2 and max(gaps) < TOLERANCE
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch):

@@ -1,6 +1,6 @@
 """What tests/test_vllm.py runs in processes that may import vllm.
 
-    vllm_worker.py SCENARIO OUT.json [FOLDER]
+    vllm_worker.py SCENARIO OUT.json [CONFIG.toml]
 
 Each scenario measures; the assertions are the test's.
 """
@@ -192,13 +192,12 @@ def ranks(found: dict) -> None:
         vllm.close()
 
 
-def runs(found: dict, folder: Path) -> None:
-    """The testbed, small, with either engine: the same base, then a reward a few steps raise."""
-    for name in ("transformers", "vllm"):
-        config = load_config(folder / f"{name}.toml")
-        summary = train(config)
-        lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
-        found[name] = {"summary": summary, "records": [json.loads(line) for line in lines]}
+def run(found: dict, file: Path) -> None:
+    """A run of a configuration: its summary and its records of training."""
+    config = load_config(file)
+    found["summary"] = train(config)
+    records = map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines())
+    found["records"] = [record for record in records if record["kind"] == "train"]
 
 
 def many_digits(completions: list[str], **columns: object) -> list[float]:
@@ -209,6 +208,6 @@ def many_digits(completions: list[str], **columns: object) -> list[float]:
 if __name__ == "__main__":
     scenario, out, *rest = sys.argv[1:]
     found: dict = {}
-    {"engine": engine, "ranks": ranks, "runs": runs}[scenario](found, *map(Path, rest))
+    {"engine": engine, "ranks": ranks, "run": run}[scenario](found, *map(Path, rest))
     if int(os.environ.get("RANK", 0)) == 0:
         Path(out).write_text(json.dumps(found))
