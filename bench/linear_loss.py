@@ -2,8 +2,9 @@
 
     python -m bench.linear_loss [--smoke] [--out FILE.csv]
 
-Ours at several shares of active rows, in one pass (`selected_mask` given) and in two; eager as a
-trainer would write it; the reference; and the floor: the three GEMMs of the shapes, nothing else.
+Ours at several shares of active rows, in one pass (`selected_mask` given) and in two, with
+statistics of all rows or (the others unseen) of the active alone; eager as a trainer would write
+it; the reference; and the floor: the three GEMMs of the shapes, nothing else.
 Times are taken in turns in one process, peak memory (gradients included) each in a fresh one.
 """
 
@@ -49,12 +50,14 @@ class Inputs:
         self.old_log_probs = stats.log_probs + 0.05 * torch.randn(num_tokens)
         self.place = torch.rand(num_tokens).argsort().argsort() / num_tokens
 
-    def loss(self, op: Callable, *, share: float = 1.0, selecting: bool = False) -> Tensor:
+    def loss(
+        self, op: Callable, *, share: float = 1.0, selecting: bool = False, **options: str
+    ) -> Tensor:
         advantages = torch.where(self.place < share, self.advantages, 0)
         return op(
             self.hidden, self.weight, self.targets, self.old_log_probs, advantages,
             self.response_mask, self.prefix_mask, normalizer=len(self.targets),
-            fraction=1, selected_mask=None if selecting else self.prefix_mask,
+            fraction=1, selected_mask=None if selecting else self.prefix_mask, **options,
         ).loss  # fmt: skip
 
     def eager(self) -> Tensor:
@@ -92,6 +95,9 @@ def variants(inputs: Inputs) -> dict[str, Callable[[], None]]:
             f"one pass, {share:g} active": partial(inputs.loss, ours, share=share)
             for share in ACTIVE_SHARES
         },
+        "one pass, 0.25 active, the others unseen": partial(
+            inputs.loss, ours, share=0.25, stats="active"
+        ),
         "two passes, 1 active": partial(inputs.loss, ours, selecting=True),
         "two passes, 0.25 active": partial(inputs.loss, ours, selecting=True, share=0.25),
         "eager": inputs.eager,
