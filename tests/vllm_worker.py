@@ -175,6 +175,7 @@ def interrupt(vllm: VLLMEngine, requests: list[RolloutRequest]) -> None:
 def ranks(found: dict) -> None:
     """Every rank: a sharded model, pushed; requests that differ from rank to rank."""
     with World(ShardingConfig(), CPU) as world:
+        world.from_main(forget_killed_runs)
         whole = make_model(tied=True)
         policy = Policy(make_model(tied=True), temperature=0.7, vocab_size=VOCAB)
         policy.shard(world.mesh, cpu_offload=False)
@@ -190,6 +191,15 @@ def ranks(found: dict) -> None:
         found["gap"], found["kept"] = zip(*world.gather((gap, kept)), strict=True)
         found["num"] = world.gather(len(completions))
         vllm.close()
+
+
+def forget_killed_runs() -> None:
+    """Without CUDA, vLLM's tensor parallel ranks share memory whose name a killed run leaves taken.
+
+    Who has it open already keeps it.
+    """
+    for file in Path("/dev/shm").glob("*-cpushm_*"):
+        file.unlink()
 
 
 def run(found: dict, file: Path) -> None:
