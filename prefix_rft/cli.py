@@ -114,12 +114,23 @@ class Doctor:
 
     config: Annotated[Positional[str | None], arg(metavar="CONFIG")] = None
     """The name of a shipped configuration, or a TOML file; comes before all options."""
+    num_processes: int = 1
+    """Processes that torchrun will start, on all machines together; memory is told of one."""
+    device_gib: float | None = None
+    """Plan for a CUDA device of that much memory; None: for the device that is here."""
     overrides: Overrides
 
     def run(self) -> int:
-        from prefix_rft.view.doctor import print_diagnosis
+        from prefix_rft.view.doctor import print_diagnosis, print_memory
 
-        print_diagnosis(self.overrides, with_memory=self.config is not None)
+        for option in ("num_processes", "device_gib"):
+            value = getattr(self, option)
+            if value is not None and value <= 0:
+                raise UserError(f"{option.replace('_', '-')}: expected above 0, got {value}")
+        print_diagnosis(self.overrides)
+        if self.config is None:
+            return 0
+        print_memory(self.overrides, num_processes=self.num_processes, device_gib=self.device_gib)
         return 0
 
 

@@ -44,12 +44,28 @@ def resolve_device(config: ModelConfig) -> torch.device:
     return device
 
 
-def resolve_autocast_dtype(config: ModelConfig) -> torch.dtype | None:
-    """What the forward of float32 weights runs in: bfloat16, or None for the weights' own dtype."""
-    is_bfloat16 = config.dtype == "bfloat16" or (
-        config.dtype == "auto" and resolve_device(config).type == "cuda"
-    )
+def resolve_autocast_dtype(
+    config: ModelConfig, device: torch.device | None = None
+) -> torch.dtype | None:
+    """What the forward of float32 weights runs in: bfloat16, or None for the weights' own dtype.
+
+    Args:
+        device: of the compute; None: that of `config`.
+    """
+    if config.dtype == "auto" and device is None:
+        device = resolve_device(config)
+    is_bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     return torch.bfloat16 if is_bfloat16 else None
+
+
+def resolve_weight_dtypes(
+    config: ModelConfig, device: torch.device | None = None
+) -> tuple[torch.dtype, torch.dtype]:
+    """Of the model as it is loaded, and of what is trained: they differ where adapters are."""
+    trained = torch.float64 if config.dtype == "float64" else torch.float32
+    if config.lora_rank is None:
+        return trained, trained
+    return resolve_autocast_dtype(config, device) or trained, trained
 
 
 def host_config(config: ModelConfig) -> ModelConfig:
@@ -163,15 +179,8 @@ def _architecture(config: ModelConfig, path: str | Path) -> dict[str, Any]:
         raise _not_found(path, "model", error) from error
     _require_causal_lm(model_config, path)
     _override(model_config.get_text_config(), config)
-    dtype = _master_dtype(config)
-    if config.lora_rank is not None:
-        dtype = resolve_autocast_dtype(config) or dtype
+    dtype, _ = resolve_weight_dtypes(config)
     return {"config": model_config, "dtype": dtype, "attn_implementation": _attention(config)}
-
-
-def _master_dtype(config: ModelConfig) -> torch.dtype:
-    """Of what is trained."""
-    return torch.float64 if config.dtype == "float64" else torch.float32
 
 
 def _prepare(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> PreTrainedModel:
@@ -183,7 +192,7 @@ def _prepare(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> PreTr
             model,
             rank=config.lora_rank,
             alpha=config.lora_alpha,
-            dtype=_master_dtype(config),
+            dtype=resolve_weight_dtypes(config)[1],
             seed=seed,
         )
     if config.gradient_checkpointing:

@@ -10,40 +10,74 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prefix_rft.config import Config
+from prefix_rft.config import Config, ConfigError
 from prefix_rft.loading import resolve_autocast_dtype, resolve_device
-from prefix_rft.view.memory import memory_terms, peak_bytes, shapes_of
+from prefix_rft.view.memory import UNCOUNTED_SHARE, memory_terms, peak_bytes, shortfalls
+from prefix_rft.view.shapes import Place, shapes_of
 
 MODULES = ("torch", "triton", "transformers", "datasets", "math_verify")
 # module -> (extra, what a run does with it)
 EXTRAS = {
     "vllm": ("vllm", "serves rollout.engine vllm"),
     "flash_attn": ("flash-attn", "attention of packed rows on CUDA, without padding"),
-    "liger_kernel": ("liger", "not used by this version"),
+    "liger_kernel": ("liger", "serves model.liger"),
+    "peft": ("lora", "serves model.lora_rank"),
+    "torchao": ("low-memory", 'serves optimizer.name = "adamw_8bit"'),
     "wandb": ("wandb", "serves log.wandb_project"),
 }
 
 
-def print_diagnosis(config: Config, *, with_memory: bool) -> None:
-    """Print versions, devices, choices and, with_memory, the estimate of `memory_terms`.
+def print_diagnosis(config: Config) -> None:
+    """Print versions, devices and choices.
 
     Raises:
-        ConfigError: a device that is not there, or a model whose configuration cannot be read.
+        ConfigError: a device that is not there.
     """
-    console = Console(highlight=False)
     device = resolve_device(config.model)
-    console.print(_table("Versions", ("package", "version", "note"), version_rows()))
-    console.print(_table("Devices", ("device", "memory", "note"), device_rows()))
-    console.print(_table("A run uses", ("part", "choice", "because"), choice_rows(config, device)))
-    if with_memory:
-        checkpointing = config.model.gradient_checkpointing
-        terms = memory_terms(shapes_of(config), gradient_checkpointing=checkpointing)
-        rows = [(term.name, _size(term.num_bytes), term.formula) for term in terms]
-        peak, available = peak_bytes(terms), device_bytes(device)
-        verdict = "fits into" if peak <= available else "does not fit into"
-        sum_ = "what always stays + the larger of update and rollout"
-        rows.append(("peak", _size(peak), f"{sum_}; {verdict} {_size(available)}"))
-        console.print(_table(f"Memory of {config.name}", ("term", "estimate", "formula"), rows))
+    _print("Versions", ("package", "version", "note"), version_rows())
+    _print("Devices", ("device", "memory", "note"), device_rows())
+    _print("A run uses", ("part", "choice", "because"), choice_rows(config, device))
+
+
+def print_memory(config: Config, *, num_processes: int, device_gib: float | None) -> None:
+    """Print the memory plan of one process, and whether it fits.
+
+    Args:
+        num_processes: of the run.
+        device_gib: of a CUDA device that need not be here; None: the device of `config`, here.
+    Raises:
+        ConfigError: the sizes of the model cannot be read, or the processes cannot be divided.
+    """
+    divisors = {
+        "sharding.replicas": config.sharding.replicas,
+        "vllm.tensor_parallel_size": config.vllm.tensor_parallel_size,
+    }
+    for key, value in divisors.items():
+        if num_processes % value:
+            raise ConfigError(
+                f"{key}: expected a divisor of the {num_processes} processes, got {value}"
+            )
+    if device_gib is None:
+        device = resolve_device(config.model)
+        size = device_bytes(device)
+        if device.type == "cpu":
+            size //= num_processes  # they share the machine
+        place = Place(device=device, device_bytes=size, num_processes=num_processes)
+    else:
+        size = int(device_gib * 2**30)
+        place = Place(device=torch.device("cuda"), device_bytes=size, num_processes=num_processes)
+    shapes = shapes_of(config, place)
+    terms = memory_terms(config, shapes, place)
+    rows = [(term.name, term.phase, _size(term.num_bytes), term.formula) for term in terms]
+    for phase in ("update", "rollout", "host"):
+        formula = "host memory" if phase == "host" else f"always + {phase}"
+        rows.append(("sum", phase, _size(peak_bytes(terms, phase)), formula))
+    title = f"Memory of {config.name}, one process of {num_processes} ({shapes.source})"
+    _print(title, ("term", "when", "estimate", "formula"), rows)
+    room = f"{_size(place.device_bytes)}, of which {UNCOUNTED_SHARE:.0%} are kept for what no term"
+    reasons = shortfalls(config, shapes, place, terms)
+    verdict = f"does not fit: {'; '.join(reasons)}" if reasons else "fits"
+    _console().print(f"Device of {room} counts: {verdict}.")
 
 
 def version_rows() -> list[tuple[str, str, str]]:
@@ -119,13 +153,17 @@ def _attention_choice(config: Config, device: torch.device) -> tuple[str, str]:
     return "flash_attention_2", "flash-attn is installed"
 
 
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _print(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    return table
+    _console().print(table)
 
 
 def _size(num_bytes: int) -> str:

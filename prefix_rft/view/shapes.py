@@ -1,0 +1,155 @@
+"""The sizes that the memory of a run follows from: of a model without weights, and of its place."""
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
+
+from prefix_rft.config import Config, ConfigError
+from prefix_rft.loading import resolve_autocast_dtype, resolve_weight_dtypes
+from prefix_rft.lora import add_adapters
+from prefix_rft.view.architectures import SIZES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What one process of a run finds."""
+
+    device: torch.device
+    device_bytes: int  # memory of the device; without CUDA, of the machine
+    num_processes: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A parameter, and the group in which it is gathered where processes share the model."""
+
+    group: str
+    shape: tuple[int, ...]
+    itemsize: int  # bytes of one number
+    is_trained: bool
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def local_numel(self, num_shards: int) -> int:
+        """Of the largest of equal slices along the first dimension."""
+        return ceil(self.shape[0] / num_shards) * prod(self.shape[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    weights: tuple[Weight, ...]
+    layers: int
+    hidden: int
+    query: int  # heads x head size
+    key: int  # key-value heads x head size
+    ffn: int
+    vocabulary: int
+    lora_rank: int  # 0: no adapters
+    tokens: int  # of the largest micro-batch
+    sequences: int  # generated at once
+    length: int  # tokens of the longest sequence, prompt included
+    compute_bytes: int  # of one number in a linear layer's input
+    residual_bytes: int  # of one number between two layers
+    source: str  # where the sizes come from
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the model itself, without adapters."""
+        has_adapters = self.lora_rank > 0
+        return sum(w.numel for w in self.weights if not (has_adapters and w.is_trained))
+
+
+def shapes_of(config: Config, place: Place) -> Shapes:
+    """The shapes of a run of `config`.
+
+    Raises:
+        ConfigError: the sizes of the model cannot be read, or adapters need a package.
+    """
+    model_config, source = _model_config(config)
+    loaded, trained = resolve_weight_dtypes(config.model, place.device)
+    compute = resolve_autocast_dtype(config.model, place.device) or trained
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=loaded)
+        if config.model.lora_rank is not None:
+            rank, alpha = config.model.lora_rank, config.model.lora_alpha
+            add_adapters(model, rank=rank, alpha=alpha, dtype=trained, seed=config.seed)
+    text = model_config.get_text_config()
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    length = config.data.max_prompt_tokens + config.rollout.max_response_length
+    is_sharded = place.num_processes > 1 or config.sharding.cpu_offload
+    return Shapes(
+        weights=_weights(model),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        query=heads * head_size,
+        key=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
+        ffn=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+        lora_rank=config.model.lora_rank or 0,
+        tokens=max(config.trainer.micro_batch_tokens, length),
+        sequences=min(
+            config.rollout.max_batch_sequences,
+            ceil(config.trainer.prompts_per_step / place.num_processes) * config.rollout.group_size,
+        ),
+        length=length,
+        compute_bytes=compute.itemsize,
+        residual_bytes=compute.itemsize if is_sharded else loaded.itemsize,
+        source=source,
+    )
+
+
+def _weights(model: torch.nn.Module) -> tuple[Weight, ...]:
+    layers = f"{model.base_model_prefix}.layers."
+    head = model.get_output_embeddings().weight
+    is_tied = head is model.get_input_embeddings().weight
+
+    def group(name: str, weight: torch.Tensor) -> str:
+        if name.startswith(layers):
+            return name.removeprefix(layers).split(".")[0]
+        return "lm_head" if weight is head and not is_tied else "root"
+
+    return tuple(
+        Weight(
+            group=group(name, weight),
+            shape=tuple(weight.shape),
+            itemsize=weight.itemsize,
+            is_trained=weight.requires_grad,
+        )
+        for name, weight in model.named_parameters()
+    )
+
+
+def _model_config(config: Config) -> tuple[PreTrainedConfig, str]:
+    """The configuration of the model, and where it was found."""
+    path, base = config.model.path, config.base
+    if path is None:
+        sizes = Qwen2Config(
+            vocab_size=base.vocab_size,
+            hidden_size=base.hidden_size,
+            num_hidden_layers=base.num_layers,
+            num_attention_heads=base.num_heads,
+            num_key_value_heads=base.num_heads,
+            intermediate_size=base.intermediate_size,
+            tie_word_embeddings=True,
+        )
+        return sizes, "section [base]"
+    if path in SIZES:
+        try:
+            return AutoConfig.from_pretrained(
+                path, local_files_only=True
+            ), f"{path} on this machine"
+        except OSError:
+            return AutoConfig.for_model(**SIZES[path]), f"{path} as shipped with prefix_rft"
+    try:
+        return AutoConfig.from_pretrained(path), path
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.path: expected a model folder or a hub id that can be reached, got {path!r} "
+            f"({reason})"
+        ) from error
