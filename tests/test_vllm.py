@@ -278,11 +278,27 @@ class RecordingLLM:
         return True
 
 
-def test_on_cuda_the_engine_sleeps_until_new_weights_come(monkeypatch):
-    """The order of calls; that vLLM then frees and restores memory is unmeasured."""
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are made of a `RecordingLLM`."""
     monkeypatch.setattr(vllm_engine, "_import_vllm", lambda: SimpleNamespace(LLM=RecordingLLM))
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+
+
+def test_weights_that_vllm_does_not_know_are_one_clear_error(recording, monkeypatch):
+    def unknown(*arguments: object, **options: object) -> None:
+        raise ValueError("There is no module or parameter named 'lm_head'")
+
+    engine = make_engine(make_model(20))
+    monkeypatch.setattr(engine._llm, "collective_rpc", unknown)
+    with pytest.raises(ConfigError, match="vLLM does not take the weights of Qwen2ForCausalLM"):
+        engine.update_weights(make_model(20), 0)
+    assert engine.weights_version is None
+
+
+def test_on_cuda_the_engine_sleeps_until_new_weights_come(recording):
+    """The order of calls; that vLLM then frees and restores memory is unmeasured."""
     model, requests = make_model(20), make_requests(1)
     engine = make_engine(model, device=torch.device("cuda"))
     push = ["reload_weights", "model.embed_tokens.weight"]

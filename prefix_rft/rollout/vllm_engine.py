@@ -48,8 +48,6 @@ class VLLMEngine:
 
     shares_module = False
 
-    shares_module = False
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -124,7 +122,11 @@ class VLLMEngine:
 
     @torch.no_grad()
     def update_weights(self, model: nn.Module, version: int) -> None:
-        """Copy the weights of `model`, a bucket at a time; every rank takes part in the gathers."""
+        """Copy the weights of `model`, a bucket at a time. Collective.
+
+        Raises:
+            ConfigError: vLLM knows the model by other weights.
+        """
         self.weights_version = None
         if self._is_asleep:
             self._llm.wake_up(["weights"])
@@ -135,7 +137,13 @@ class VLLMEngine:
             vocab_size=self._vocab_size,
             unties=self._unties,
         )
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        try:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"rollout.engine: vLLM does not take the weights of {type(model).__name__}; "
+                f"transformers does ({error})"
+            ) from error
         if self._is_asleep:
             self._llm.wake_up(["kv_cache"])
             self._is_asleep = False
