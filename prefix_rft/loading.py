@@ -68,8 +68,14 @@ def resolve_weight_dtypes(
     return resolve_autocast_dtype(config, device) or trained, trained
 
 
-def host_config(config: ModelConfig) -> ModelConfig:
-    """`config` for weights that are only kept and copied, in host memory."""
+def host_config(config: ModelConfig, device: torch.device | None = None) -> ModelConfig:
+    """`config` for weights that are only kept and copied, in host memory.
+
+    Args:
+        device: where they will compute, and which their dtypes are for; None: nowhere.
+    """
+    if device is not None and resolve_autocast_dtype(config, device) is not None:
+        config = replace(config, dtype="bfloat16")
     return replace(config, device="cpu", attention="auto", liger=False)
 
 
@@ -122,9 +128,7 @@ def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: Wor
     device = resolve_device(config.model)
     offload = config.sharding.cpu_offload
     source: list[PreTrainedModel] = []  # one model on rank 0, none elsewhere
-    on_host = host_config(config.model)
-    if autocast_dtype is not None:
-        on_host = replace(on_host, dtype="bfloat16")
+    on_host = host_config(config.model, device)
     world.from_main(lambda: source.append(load_model(on_host, path, seed=config.seed)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(**_architecture(config.model, path))

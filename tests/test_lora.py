@@ -13,7 +13,7 @@ from prefix_rft.config import ConfigError, ModelConfig, ShardingConfig
 from prefix_rft.distributed import World
 from prefix_rft.interrupt import Interrupt
 from prefix_rft.ledger import Ledger
-from prefix_rft.loading import export, load_model
+from prefix_rft.loading import export, host_config, load_model, resolve_weight_dtypes
 from prefix_rft.lora import is_adapter
 from prefix_rft.model import Policy
 from prefix_rft.run import Setup, export_checkpoint, train
@@ -144,6 +144,14 @@ def test_a_tied_weight_comes_once_or_under_each_name(make_model) -> None:
     assert "lm_head.weight" not in dict(full_weights(model, **options))
     weights = dict(full_weights(model, unties=True, **options))
     assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+
+
+def test_frozen_weights_wait_in_host_memory_as_their_device_will_want_them() -> None:
+    config = ModelConfig(**LORA)
+    expected = (torch.bfloat16, torch.float32)
+    assert resolve_weight_dtypes(config, torch.device("cuda")) == expected
+    assert resolve_weight_dtypes(host_config(config, torch.device("cuda"))) == expected
+    assert resolve_weight_dtypes(host_config(config)) == (torch.float32, torch.float32)
 
 
 def test_peft_that_is_not_there_is_one_clear_error(saved, monkeypatch) -> None:
