@@ -1,7 +1,7 @@
 """Checkpoints: written beside their place and renamed into it, checked before they are believed.
 
 <run>/checkpoints/step-000050/
-    state/          model and optimizer, torch.distributed.checkpoint
+    state/          trained weights and optimizer, torch.distributed.checkpoint
     trainer.json    step, parameter shapes, data fingerprint
     rng-<rank>.pickle   generator states of python, numpy and torch
     manifest.json   size and crc32 of every other file, written last
@@ -27,12 +27,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from prefix_rft.config import UserError
 from prefix_rft.distributed import World
 
 FORMAT = 2  # raised when the layout changes
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # the others are the base's
 for _message in (".*torch.distributed is disabled.*", ".*the intent is to .* single process.*"):
     warnings.filterwarnings("ignore", message=_message)  # it is; also from the writing thread
 
@@ -108,7 +115,7 @@ class CheckpointWriter:
         partial = target.with_name(f".partial-{target.name}")
         description = {"format": FORMAT, "shapes": _shapes(model), "state": asdict(state)}
         self.world.from_main(lambda: self._guard(target, lambda: _start(partial, description)))
-        model_state, optimizer_state = get_state_dict(model, optimizer)
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
         saved = {"model": model_state, "optimizer": optimizer_state}
 
         def write_states() -> None:
@@ -218,7 +225,7 @@ def load_checkpoint(
             f"checkpoint {path}: expected the training problems it was made with "
             f"(fingerprint {state.data_fingerprint}), got others ({data_fingerprint})"
         )
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
     loaded = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(loaded, checkpoint_id=path / "state", no_dist=world.mesh is None)
     set_state_dict(
@@ -226,6 +233,7 @@ def load_checkpoint(
         optimizer,
         model_state_dict=loaded["model"],
         optim_state_dict=loaded["optimizer"],
+        options=_TRAINED,
     )
     generators = path / _rng_file(world.rank)
     if generators.exists():
@@ -234,15 +242,15 @@ def load_checkpoint(
 
 
 def load_model_weights(path: Path, model: nn.Module) -> None:
-    """Restore only the weights of `model`, in place.
+    """Restore only the weights of `model`, in place; frozen ones are as they were loaded.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.
     """
     _require_same_model(path, _verify(path)["shapes"], model)
-    state = {"model": model.state_dict()}
+    state = {"model": get_model_state_dict(model, options=_TRAINED)}
     dcp.load(state, checkpoint_id=path / "state", no_dist=True)
-    model.load_state_dict(state["model"])
+    set_model_state_dict(model, state["model"], options=_TRAINED)
 
 
 def _verify(path: Path) -> dict:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from rft_kernels import LMHead, PolicyConfig
 from transformers import AutoModelForCausalLM
 
@@ -163,6 +164,10 @@ def test_peft_that_is_not_there_is_one_clear_error(saved, monkeypatch) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one_and_trains_the_body_alone(tmp_path) -> None:
     config = make_run(tmp_path, model=LORA, prefix={"horizon_steps": 4})
     train(replace(config, trainer=replace(config.trainer, num_steps=2)))
+    [checkpoint] = list_checkpoints(config.run_dir)
+    kept = dcp.FileSystemReader(checkpoint / "state").read_metadata().state_dict_metadata
+    kept = [name for name in kept if name.startswith("model.")]
+    assert len(kept) == 2 * 2 * len(LINEAR) and all(map(is_adapter, kept))
     train(config, resume=True)
     whole = replace(config, output_dir=str(tmp_path / "whole"))
     train(whole)
