@@ -20,6 +20,7 @@ from prefix_rft.distributed import World
 from prefix_rft.interrupt import Interrupt
 from prefix_rft.ledger import Ledger
 from prefix_rft.run import Setup, train
+from tests.rank_worker import given
 from tests.tiny import make_run
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +82,7 @@ def test_one_step_equals_that_of_one_process(
     with Setup(replace(config, sharding=ShardingConfig()), config.model.path, alone) as setup:
         trainer = setup.trainer()
         groups = trainer.rollouts(Ledger(), Interrupt(alone))
-        trainer.rollouts = lambda ledger, interrupt: groups
+        trainer.rollouts = given(groups)
         metrics, _ = trainer.train_step(Interrupt(alone))
     before = AutoModelForCausalLM.from_pretrained(config.model.path).state_dict()
     result = step_on_ranks(config, groups, tmp_path, ranks=ranks)

@@ -19,6 +19,7 @@ from prefix_rft.lora import is_adapter
 from prefix_rft.model import Policy
 from prefix_rft.run import Setup, export_checkpoint, train
 from prefix_rft.weights import full_weights
+from tests.rank_worker import given
 from tests.test_distributed import output_of, step_on_ranks, train_on_ranks
 from tests.test_model import VOCAB, make_batch
 from tests.tiny import make_run
@@ -194,7 +195,7 @@ def test_one_step_of_two_ranks_equals_that_of_one_process(tmp_path) -> None:
     with Setup(replace(config, sharding=ShardingConfig()), config.model.path, alone) as setup:
         trainer = setup.trainer()
         groups = trainer.rollouts(Ledger(), Interrupt(alone))
-        trainer.rollouts = lambda ledger, interrupt: groups
+        trainer.rollouts = given(groups)
         before = {n: w.clone() for n, w in setup.policy.model.named_parameters()}
         trainer.train_step(Interrupt(alone))
     result = step_on_ranks(config, groups, tmp_path)
