@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from rft_kernels import PolicyConfig
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from prefix_rft.config import Config, ConfigError, config_from_dict
-from prefix_rft.loading import load_model
+from prefix_rft.config import Config, ConfigError, ShardingConfig, config_from_dict
+from prefix_rft.data_types import TrainBatch
+from prefix_rft.distributed import World
+from prefix_rft.loading import load_model, load_policy
 from prefix_rft.optimizer import make_optimizer
 from prefix_rft.view import shapes as shapes_module
 from prefix_rft.view.architectures import SIZES
 from prefix_rft.view.memory import (
+    UNCOUNTED_SHARE,
     MemoryTerm,
     kv_cache_tokens,
     memory_terms,
@@ -66,15 +71,15 @@ class PeakMemory(TorchDispatchMode):
         return out
 
 
-def save_model(folder: Path, *, num_layers: int) -> Path:
+def save_model(folder: Path, *, num_layers: int, ffn: int = 160, tied: bool = True) -> Path:
     sizes = Qwen2Config(
         vocab_size=16,
         hidden_size=64,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        intermediate_size=160,
-        tie_word_embeddings=True,
+        intermediate_size=ffn,
+        tie_word_embeddings=tied,
     )
     Qwen2ForCausalLM(sizes).save_pretrained(folder)
     return folder
@@ -91,13 +96,13 @@ def forward(model: Qwen2ForCausalLM, dtype: str) -> torch.Tensor:
         return model.model(ids, use_cache=False).last_hidden_state
 
 
-def tiny_config(path, **model) -> Config:
+def tiny_config(path, *, num_tokens: int = TOKENS, **model) -> Config:
     return config_from_dict(
         {
             "model": {"path": str(path), "device": "cpu"} | model,
             "data": {"max_prompt_tokens": 24},
-            "rollout": {"max_response_length": TOKENS - 24},
-            "trainer": {"micro_batch_tokens": TOKENS},
+            "rollout": {"max_response_length": num_tokens - 24},
+            "trainer": {"micro_batch_tokens": num_tokens},
         }
     )
 
@@ -150,6 +155,58 @@ def test_one_more_layer_saves_what_the_plan_says(tmp_path, dtype, lora_rank) -> 
             sum(t.num_bytes for t in terms if t.name in held and t.phase in ("always", "update"))
         )
     assert planned[1] - planned[0] == pytest.approx(lived[1] - lived[0], rel=0.015)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "ffn", "model"),
+    [
+        (1024, 160, {"dtype": "bfloat16"}),  # mostly activations
+        (32, 1600, {"dtype": "bfloat16"}),  # mostly weights and what is gathered of them
+        (32, 1600, {"dtype": "bfloat16", "lora_rank": 8, "gradient_checkpointing": True}),
+    ],
+)
+def test_the_plan_of_a_sharded_update_is_what_a_real_one_holds(
+    tmp_path, num_tokens, ffn, model
+) -> None:
+    """On one rank, whose host is its device; less than the plan allows for is uncounted."""
+    if "lora_rank" in model:
+        pytest.importorskip("peft")
+    path = save_model(tmp_path / "model", num_layers=4, ffn=ffn, tied=False)
+    config = tiny_config(path, num_tokens=num_tokens, **model)
+    config = replace(config, sharding=ShardingConfig(cpu_offload=True))
+    ids = torch.zeros(num_tokens, dtype=torch.int64)
+    every = torch.ones(num_tokens, dtype=torch.bool)
+    batch = TrainBatch(
+        input_ids=ids,
+        position_ids=torch.arange(num_tokens),
+        targets=ids,
+        cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
+        lengths=(num_tokens,),
+        response_mask=every,
+        prefix_mask=~every,
+        selected_mask=~every,
+        advantages=torch.ones(num_tokens),
+        rollout_log_probs=torch.zeros(num_tokens),
+        active_rows=torch.arange(num_tokens),
+    )
+    with World(config.sharding, CPU) as world:
+        policy = load_policy(config, path, vocab_size=16, world=world)
+        optimizer = make_optimizer(policy.parameters(), config.optimizer, CPU)
+
+        def backward() -> None:
+            policy.policy_loss(batch, normalizer=1.0, config=PolicyConfig()).loss.backward()
+
+        backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        held = [*policy.parameters(), *states]
+        with PeakMemory(x.to_local() if isinstance(x, DTensor) else x for x in held) as measured:
+            backward()
+    place = Place(device=CPU, device_bytes=GIB)
+    terms = memory_terms(config, shapes_of(config, place), place)
+    planned = peak_bytes(terms, "update") + peak_bytes(terms, "host")
+    assert 1 - UNCOUNTED_SHARE < planned / measured.peak < 1.1
 
 
 @pytest.mark.parametrize("path", SIZES)
