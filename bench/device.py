@@ -1,4 +1,4 @@
-"""What the benchmarks from logits share: cold-cache times, the floor, errors, rivals, the gate.
+"""What the benchmarks of the ops share: cold-cache times, the floor, errors, rivals, the gate.
 
 On CUDA a call is timed by events, after the L2 cache was overwritten, in turns with its rivals; on
 a CPU (smoke runs) by the clock.
@@ -7,6 +7,7 @@ a CPU (smoke runs) by the clock.
 import argparse
 import importlib
 import importlib.metadata
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,6 +27,10 @@ SHAPES += [(32768, 32000), (32768, 128256), (32768, 262144)]
 CASES = [(*shape, dtype) for dtype in (torch.bfloat16, torch.float32) for shape in SHAPES]
 SMOKE_CASES = [(16, 503, torch.bfloat16), (16, 503, torch.float32)]
 ACTIVE_SHARES = (1.0, 0.5, 0.25, 0.1)
+
+# Of what is measured beside torch.
+VERSIONED = ("triton", "transformers", "trl", "liger-kernel", "nvidia-cutlass-dsl", "flash-attn")
+VERSIONED += ("cut-cross-entropy", "verl")
 
 _FLUSH_BYTES = 2**28  # several times any L2
 _REPEATS = (5, 60)  # fewest and most rounds of a measurement
@@ -57,6 +62,11 @@ class Bench:
         self._compiled_s: list[float] = []  # time of each compilation
         self.rows: list[dict[str, Any]] = []
         self.skipped: list[str] = []
+        # By which a rival fails on a device, shape or version that it was not made for.
+        self.failures: tuple[type[Exception], ...] = (
+            RuntimeError, ValueError, AssertionError, TypeError, AttributeError, ImportError,
+            TritonError,
+        )  # fmt: skip
         self._facts = machine() | {"versions": versions()}
         self.copy_gb_s = copy_gb_s(self.device, smoke=self.smoke)
 
@@ -118,14 +128,18 @@ class Bench:
         facts: dict[str, Any],
         calls: Calls,
         *,
-        floor_bytes: Any,
         share: float,
+        floor_bytes: Any = None,
+        floor_of: Callable[[str], str] | None = None,
+        result_bytes: Any = 0,
         columns: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         """Times the calls in turns, for `share` of this shape's time; one row each.
 
-        `floor_bytes`: what must be moved, a number or a function of the variant's name;
+        `floor_bytes`: what must be moved; or `floor_of`, the variant that is the floor of another;
+        `result_bytes`: of what a call is to return, which is not counted in its peak;
         `columns`: what else is known of each variant.
+        The bytes are a number or a function of the variant's name.
         """
         shape = _text(facts)
         calls = {
@@ -138,12 +152,16 @@ class Bench:
         peaks = {name: peak_mib(call, self.device) for name, call in calls.items()}
         times = self._times(calls, self.slice_s * share)
         for name, elapsed in times.items():
-            moved = floor_bytes(name) if callable(floor_bytes) else floor_bytes
-            figures, floor_ms = spread(elapsed), moved / self.copy_gb_s / 1e6
+            figures = spread(elapsed)
+            if floor_of is None:
+                floor_ms = _of(floor_bytes, name) / self.copy_gb_s / 1e6
+            else:
+                floor_ms = spread(times.get(floor_of(name), [math.nan]))["median_ms"]
+            peak = peaks[name] - _of(result_bytes, name) / MIB
             self.rows.append(
                 {"variant": name, **facts, **figures}
                 | {"floor_ms": floor_ms, "of_floor": floor_ms / figures["median_ms"]}
-                | {"peak_mib": peaks[name], "copy_gb_s": self.copy_gb_s}
+                | {"peak_mib": peak, "copy_gb_s": self.copy_gb_s}
                 | self._facts
                 | (columns or {}).get(name, {})
             )
@@ -157,7 +175,7 @@ class Bench:
         """The call's result, or None where memory, or a rival, fails it; that is then printed."""
         try:
             return call()
-        except (RuntimeError, ValueError, AssertionError, TritonError) as error:
+        except self.failures as error:
             if name.startswith("ours") and not isinstance(error, torch.OutOfMemoryError):
                 raise
             lines = str(error).splitlines() or [""]
@@ -191,6 +209,10 @@ def run(
     for case in bench.shapes(smoke_cases if bench.smoke else cases):
         measure(bench, *case)
     bench.finish()
+
+
+def _of(number: Any, name: str) -> float:
+    return number(name) if callable(number) else number
 
 
 def _text(facts: dict[str, Any]) -> str:
@@ -243,18 +265,18 @@ def errors(found: Tensor, truth: Tensor, name: str) -> dict[str, float]:
 
 
 def optional(module: str, name: str) -> Any:
-    """A rival's function, or None where it is not installed."""
+    """A rival's function, or None where it is not installed, or not with what it needs."""
     try:
         return getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         print(f"no {module}: {error}")
         return None
 
 
 def versions() -> str:
-    """Versions of what is measured beside torch."""
+    """Of `VERSIONED`, as installed."""
     found = []
-    for name in ("triton", "trl", "liger-kernel", "flash-attn"):
+    for name in VERSIONED:
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:

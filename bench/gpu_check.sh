@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# All that wants a GPU, in one command of under 10 minutes: versions, tests, memcheck, benchmarks.
+# All that wants a GPU, in two commands of under 10 minutes each.
 #
-#   [WHEELS=DIR] [OUT=DIR] [PARTS="tests selection"] [PYTHON=python3] bash bench/gpu_check.sh [--smoke]
+#   [WHEELS=DIR] [OUT=DIR] [PARTS=logits|hidden|"..."] [PYTHON=python3] bash bench/gpu_check.sh [--smoke]
 #
-# WHEELS  rivals as wheels; installed into a temporary folder, nothing is fetched
-# PARTS   of rivals versions tests memcheck token_stats policy_loss one_launch selection pictures; default all
+# WHEELS  rivals as wheels, and what they need; installed into a temporary folder, nothing is fetched
+# PARTS   logits (default): rivals versions tests memcheck token_stats policy_loss one_launch selection pictures
+#         hidden: rivals versions linear_rivals update_step memory_table pictures
+#         or some of these by name; memory_table takes the time that is left, so it goes further alone
 # OUT     where CSVs and logs go; default bench/results/<gpu>
 # A smoke run on a CPU takes a few tests in Triton's interpreter beside those of a GPU, which skip there.
 # Tests are green if some ran and none failed; how many ran and were skipped is printed.
@@ -13,8 +15,12 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 SMOKE=""
-[ "${1:-}" = "--smoke" ] && SMOKE=--smoke
+[ "${1:-}" = "--smoke" ] && SMOKE="--smoke --threads 1"
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+case ${PARTS:=logits} in
+  logits) PARTS="rivals versions tests memcheck token_stats policy_loss one_launch selection pictures" ;;
+  hidden) PARTS="rivals versions linear_rivals update_step memory_table pictures" ;;
+esac
 STATUS=0
 LIMIT=590 # s, of everything
 WORK=$(mktemp -d)
@@ -23,7 +29,7 @@ trap 'rm -rf "$WORK"' EXIT
 part() { # NAME SECONDS COMMAND...: runs it, prints how it ended
   local name=$1 limit=$2 start=$SECONDS rc
   shift 2
-  [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return 1
+  [[ " $PARTS " == *" $name "* ]] || return 1
   echo "=== $name"
   ((limit <= LIMIT - SECONDS)) || limit=$((LIMIT - SECONDS))
   if ((limit <= 0)); then echo "--- $name: FAILED, out of time"; STATUS=1; return 1; fi
@@ -67,7 +73,8 @@ else
 fi
 
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
-if [ -n "$SANITIZER" ] && [ "$GPU" != cpu ]; then
+if [[ " $PARTS " != *" memcheck "* ]]; then :
+elif [ -n "$SANITIZER" ] && [ "$GPU" != cpu ]; then
   part memcheck 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool memcheck --error-exitcode 9 "$PYTHON" -c '
 import torch
 from rft_kernels import prefix_rft_loss, select_top_entropy
@@ -85,12 +92,17 @@ else
   echo "=== memcheck"; echo "--- memcheck: left out, no compute-sanitizer or no GPU"
 fi
 
-# Seconds; 20 more of each are for its start and the shape it is at. All limits add up to LIMIT.
+# Seconds; 20 more of each are for its start and the shape it is at. The limits of a command add up to LIMIT.
 for bench in "token_stats 80" "policy_loss 55" "one_launch 45" "selection 15"; do
   read -r op budget <<<"$bench"
   # Where the tests above were red, a benchmark runs its own and times nothing if those are.
   part "$op" $((budget + 20)) "$PYTHON" -m "bench.$op" $SMOKE $GREEN --budget-s "$budget" --out "$OUT/$op.csv"
 done
+# It runs tests of its own, for which it has 80 s more.
+part linear_rivals 260 "$PYTHON" -m bench.linear_rivals $SMOKE $GREEN --budget-s 160 --out "$OUT/linear_rivals.csv"
+part update_step 70 "$PYTHON" -m bench.update_step $SMOKE --out "$OUT/update_step.csv"
+# 75 s of what is left are for the trials that have begun, and the pictures.
+part memory_table "$LIMIT" "$PYTHON" -m bench.memory_table $SMOKE --budget-s $((LIMIT - SECONDS - 75)) --out "$OUT/memory_table.csv"
 part pictures 25 "$PYTHON" -m bench.plot "$OUT"
 
 [ "$STATUS" = 0 ] && echo "all parts ok" || echo "some parts FAILED"

@@ -6,18 +6,22 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from rft_kernels import prefix_rft_loss, select_top_entropy, token_stats
+from rft_kernels import prefix_rft_loss, reference, select_top_entropy, token_stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import device, plot
+from bench import device, linear_rivals, plot, update_step
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ("__init__", "harness", "device", "green", "plot")
 OPS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem not in SHARED)
-BY_THE_SCRIPT = ("token_stats", "policy_loss", "one_launch", "selection")
+FROM_LOGITS = ("token_stats", "policy_loss", "one_launch", "selection")
+FROM_HIDDEN = ("linear_rivals", "update_step", "memory_table")
+APART = (*FROM_LOGITS, *FROM_HIDDEN, "train_loop")  # have tests of their own
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
@@ -32,9 +36,13 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def check_rows(path: Path) -> None:
+def read(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
-        rows = list(csv.DictReader(file))
+        return list(csv.DictReader(file))
+
+
+def check_rows(path: Path) -> None:
+    rows = read(path)
     assert len(rows) > 1
     for row in rows:
         assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
@@ -45,7 +53,7 @@ def check_rows(path: Path) -> None:
             assert float(row["max_err_dlogits"]) < 0.02
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in BY_THE_SCRIPT])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in APART])
 def test_smoke(op, tmp_path):
     out = tmp_path / "rows.csv"
     done = run(
@@ -57,6 +65,17 @@ def test_smoke(op, tmp_path):
         assert "2: ((64, RowLaunch(" in done.stdout
 
 
+def test_train_loop_smoke(tmp_path):
+    out = tmp_path / "rows.csv"
+    options = ("--smoke", "--engines", "transformers", "--ranks", "1", "--out", str(out))
+    done = run(sys.executable, "-m", "bench.train_loop", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = read(out)
+    assert (row["engine"], row["ranks"]) == ("transformers", "1")
+    for phase in ("generate", "step"):
+        assert float(row[f"{phase}_tokens_per_s"]) > 0
+
+
 def test_gpu_check_smoke(tmp_path):
     """The script of the GPU runs its parts on a CPU: benchmarks, tests, pictures."""
     options = {"OUT": str(tmp_path), "PYTHON": sys.executable, "WHEELS": ""}
@@ -65,9 +84,39 @@ def test_gpu_check_smoke(tmp_path):
     assert "all parts ok" in done.stdout
     ran, skipped = re.search(r"(\d+) tests ran, (\d+) were skipped, 0 failed", done.stdout).groups()
     assert int(ran) > 5 and (int(skipped) > 0 or torch.cuda.is_available())
-    for op in BY_THE_SCRIPT:
+    for op in FROM_LOGITS:
         check_rows(tmp_path / f"{op}.csv")
         assert (tmp_path / f"{op}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gpu_check_smoke_from_hidden_states(tmp_path):
+    """Its second call; every rival at hand runs, and is as exact as 16 bits allow."""
+    options = {"OUT": str(tmp_path), "PYTHON": sys.executable, "WHEELS": "", "PARTS": "hidden"}
+    done = run("bash", "bench/gpu_check.sh", "--smoke", **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all parts ok" in done.stdout and "=== tests" not in done.stdout
+    for op in FROM_HIDDEN:
+        assert (tmp_path / f"{op}.png").read_bytes().startswith(b"\x89PNG")
+    for op in FROM_HIDDEN[:2]:
+        check_rows(tmp_path / f"{op}.csv")
+
+    rows = {(row["variant"], row["active"]): row for row in read(tmp_path / "linear_rivals.csv")}
+    rivals = {"eager": 1, "TRL chunked": find_spec("trl")}
+    rivals |= dict.fromkeys(("Liger fused linear GRPO (no entropy)",), find_spec("liger_kernel"))
+    for name in (name for name, installed in rivals.items() if installed):
+        for row in (rows[name, "1"], rows[f"{name}, active alone", "0.25"]):
+            ours = rows["ours, one pass", row["active"]]
+            for gradient in ("max_err_dhidden", "max_err_dweight"):
+                assert 0 < float(ours[gradient]) < float(row[gradient]) < 0.06
+            assert row["lacks"] == ("entropy" if "no entropy" in name else "nothing")
+    for variant, floor in (("one pass", "1 + 2a"), ("two passes", "1 + 3a")):
+        floor = rows[f"bare GEMMs, {floor}", "0.25"]
+        assert rows[f"ours, {variant}", "0.25"]["floor_ms"] == floor["median_ms"]
+
+    found = {row["variant"] for row in read(tmp_path / "update_step.csv")}
+    assert found == {"ours", "eager head"} | ({"TRL head"} if find_spec("trl") else set())
+    assert [row["longest_tokens"] for row in read(tmp_path / "memory_table.csv")] == ["8", "8"]
+    assert "| tiny | all weights | 8 → 8 |" in (tmp_path / "memory_table.md").read_text()
 
 
 def test_gpu_check_goes_on_after_a_failing_part(tmp_path):
@@ -164,10 +213,154 @@ def test_pictures_of_the_committed_figures(tmp_path):
     assert done.returncode == 0, done.stderr
     drawn = [path.stem for path in tmp_path.glob("*.png")]
     assert "linear_loss" in drawn and "testbed" not in drawn
-    assert "testbed.csv: no times to draw" in done.stdout
+    assert "testbed.csv: nothing to draw" in done.stdout
     rows = plot.read(tmp_path / "linear_loss.csv")
     assert {plot.kind(row) for row in rows} == {"ours", "others", "the floor"}
     assert plot.unit_of("median_ms", 5275) == ("s", 1e-3)
+
+
+def test_panels_of_many_bars_are_split_by_active_share():
+    """Shapes that lack a few of the variants are drawn too, those that lack many are not."""
+    bars = {(8, "1"): 20, (8, ".5"): 18, (4, "1"): 20, (2, "1"): 9}
+    rows = [
+        {"variant": str(i), "T": str(tokens), "active": share}
+        for (tokens, share), count in bars.items()
+        for i in range(count)
+    ]
+    found = plot.panels(rows)
+    assert plot.chosen(found) == [
+        ("T = 8", "active = 1"),
+        ("T = 8", "active = .5"),
+        ("T = 4", "active = 1"),
+    ]
+    assert plot.label(found["T = 8", "active = .5"][0]) == "0"
+    assert list(plot.panels(rows[-9:])) == [("T = 2",)]
+
+
+def small_inputs(share: float, dtype: torch.dtype = torch.float64) -> linear_rivals.Inputs:
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 16, dtype=dtype).requires_grad_()
+    weight = (torch.randn(61, 16, dtype=dtype) * 0.7).requires_grad_()
+    return linear_rivals.make_inputs(hidden, weight, share)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_the_truth_of_the_rivals_is_that_of_the_reference(share, monkeypatch):
+    """By pieces of the weight; and errors are found, in their units."""
+    monkeypatch.setattr(linear_rivals, "_CLASSES", 24)
+    x = small_inputs(share)
+    assert len(x.active_rows) == 40 * share
+    assert x.advantages[x.active_rows].unique().tolist() == [-1, 1]
+    loss = reference.linear_prefix_rft_loss(
+        x.hidden, x.weight, x.targets, x.old_log_probs, x.advantages, x.response_mask,
+        x.prefix_mask, normalizer=x.normalizer, selected_mask=x.prefix_mask,
+    ).loss  # fmt: skip
+    found = (loss.detach(), *torch.autograd.grad(loss, (x.hidden, x.weight)))
+    exact = linear_rivals.truth(x)
+    columns = linear_rivals.error_columns(lambda _: found, x, exact)
+    assert max(columns.values()) < 1e-12
+
+    dweight = found[2].clone()
+    dweight[0] += 0.25 * dweight.abs().max()  # in the first piece alone
+    wrong = (found[0] + 0.5, found[1] * 1.25, dweight)
+    assert linear_rivals.error_columns(lambda _: wrong, x, exact) == pytest.approx(
+        {"max_err_loss": 0.5, "mean_err_loss": 0.5}
+        | {"max_err_dhidden": 0.25, "mean_err_dhidden": 0.25, "max_err_dweight": 0.25}
+        | {"mean_err_dweight": 0.25 * 16 * (found[2].abs().max() / found[2].abs().sum()).item()}
+    )
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_bare_gemms_are_those_of_the_schedule(share, monkeypatch):
+    """By the flops that were counted, in several pieces."""
+    monkeypatch.setattr(linear_rivals, "_FLOOR_ROWS", 16)
+    x = small_inputs(share, torch.float32)
+    expected = {"1 + 2a": 1 + 2 * share, "1 + 3a": 1 + 3 * share, "3a": 3 * share}
+    for name, call in linear_rivals.bare_gemms(x).items():
+        with GemmFlops() as counted:
+            call()
+        assert counted.flops == expected[name.removeprefix("bare GEMMs, ")] * 2 * 40 * 61 * 16
+
+
+def test_verl_is_found_past_its_own_imports(tmp_path):
+    """Every package above the function refuses to be imported; what it imports itself is real."""
+    kernels = tmp_path / "verl/utils/kernel"
+    kernels.mkdir(parents=True)
+    for folder in (tmp_path / "verl", tmp_path / "verl/utils"):
+        (folder / "__init__.py").write_text("import ray_that_is_not_installed\n")
+    (kernels / "__init__.py").write_text("")
+    (tmp_path / "verl/utils/device.py").write_text("name = 'cuda'\n")
+    (kernels / "linear_cross_entropy.py").write_text(
+        "from verl.utils.device import name\ndef linear_cross_entropy(): return name\n"
+    )
+    code = "from bench import linear_rivals as x; print(x.verl_function()())"
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "cuda\n", done.stderr
+
+
+class GemmFlops(TorchDispatchMode):
+    flops = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if "mm" in function.overloadpacket.__name__:
+            a, b = arguments[-2:]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return function(*arguments, **options or {})
+
+
+@pytest.mark.parametrize("name", ["ours", "eager head", "TRL head"])
+def test_heads_of_an_update_give_one_gradient(name):
+    """Of every parameter; the rows that are not selected have none."""
+    policy = update_step.make_policy("tiny", torch.device("cpu"))
+    batch = update_step.make_batch(policy, num_rows=3, num_prompt=4, num_response=20)
+    assert batch.prefix_mask.sum() == 10 and (batch.selected_mask & batch.prefix_mask).sum() == 2
+    losses = update_step.heads()
+    if name not in losses:
+        pytest.skip("TRL is not installed")
+
+    def gradients(loss) -> list[torch.Tensor]:
+        return torch.autograd.grad(loss(policy, batch, 60), list(policy.parameters()))
+
+    def reference_loss(policy, batch, normalizer) -> torch.Tensor:
+        logits = policy.lm_head(policy.hidden_states(batch)).log_softmax(-1)
+        inside = batch.response_mask & (~batch.prefix_mask | batch.selected_mask)
+        log_probs = logits.gather(-1, batch.targets.clamp(min=0)[:, None])[:, 0]
+        return -(log_probs * batch.advantages * inside).sum() / normalizer
+
+    for found, expected in zip(gradients(losses[name]), gradients(reference_loss), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_update_whose_heads_disagree_is_not_timed(monkeypatch):
+    heads = {"ours": update_step.ours, "wrong": lambda *x: 1.05 * update_step.ours(*x)}
+    monkeypatch.setattr(update_step, "heads", lambda: heads)
+    policy = update_step.make_policy("tiny", torch.device("cpu"))
+    batch = update_step.make_batch(policy, num_rows=2, num_prompt=2, num_response=8)
+    with pytest.raises(SystemExit, match="disagree"):
+        update_step.measure(policy, batch, repeats=1)
+
+
+def test_floors_that_are_variants_and_results_that_are_no_memory(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "--tests-green", "--smoke"])
+    monkeypatch.setattr(device, "copy_gb_s", lambda *args, **options: 1.0)
+    monkeypatch.setattr(device, "peak_mib", lambda *args: 10.0)
+    bench = device.Bench(None, tests=[], smoke_test="")
+    bench.slice_s = 1.0
+    calls = {"op": lambda: None, "floor": lambda: None, "other": lambda: None}
+    bench.add(
+        {}, calls, share=1, floor_of={"op": "floor", "floor": "floor", "other": "none"}.get,
+        result_bytes=lambda name: 3 * 2**20 if name == "op" else 0,
+    )  # fmt: skip
+    op, floor, other = bench.rows
+    assert op["floor_ms"] == floor["median_ms"] and other["floor_ms"] != other["floor_ms"]
+    assert [row["peak_mib"] for row in bench.rows] == [7, 10, 10]
 
 
 @pytest.fixture
