@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from bench.device import optional, versions
 from bench.harness import MIB, machine, spread, write_rows
 from bench.policy_loss import clipped_sum
+from bench.rivals import TRL_CHUNK
 from prefix_rft.config import OptimizerConfig
 from prefix_rft.data_types import Rollout, TrainBatch, TrainRow
 from prefix_rft.lora import add_adapters
@@ -53,7 +54,6 @@ PHASES = ("forward", "backward", "clip", "optimizer")
 
 _LORA_ALPHA = 32.0
 _MAX_DISAGREEMENT = 0.02  # of gradient norms; bfloat16 logits stay well below it
-_TRL_CHUNK = 32768  # classes of a tile, as TRL's trainers have it
 
 Loss = Callable[[Policy, TrainBatch, int], Tensor]
 
@@ -136,7 +136,7 @@ def trl_log_probs(function: Any, policy: Policy, hidden: Tensor, targets: Tensor
     weight = policy.lm_head.weight
     outputs = ("entropy",)
     log_probs, *_ = function.apply(
-        hidden, weight, None, targets, 1.0, _TRL_CHUNK, None, 1.0, outputs
+        hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, outputs
     )
     return log_probs
 

@@ -14,10 +14,10 @@ import torch
 from rft_kernels import prefix_rft_loss, reference, select_top_entropy, token_stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import device, linear_rivals, plot, update_step
+from bench import device, linear_rivals, plot, rivals, update_step
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ("__init__", "harness", "device", "green", "plot")
+SHARED = ("__init__", "harness", "device", "green", "plot", "rivals")
 OPS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem not in SHARED)
 FROM_LOGITS = ("token_stats", "policy_loss", "one_launch", "selection")
 FROM_HIDDEN = ("linear_rivals", "update_step", "memory_table")
@@ -101,9 +101,9 @@ def test_gpu_check_smoke_from_hidden_states(tmp_path):
         check_rows(tmp_path / f"{op}.csv")
 
     rows = {(row["variant"], row["active"]): row for row in read(tmp_path / "linear_rivals.csv")}
-    rivals = {"eager": 1, "TRL chunked": find_spec("trl")}
-    rivals |= dict.fromkeys(("Liger fused linear GRPO (no entropy)",), find_spec("liger_kernel"))
-    for name in (name for name, installed in rivals.items() if installed):
+    needs = {"eager": "torch", "TRL chunked": "trl"}
+    needs |= {"Liger fused linear GRPO (no entropy)": "liger_kernel"}
+    for name in (name for name, package in needs.items() if find_spec(package)):
         for row in (rows[name, "1"], rows[f"{name}, active alone", "0.25"]):
             ours = rows["ours, one pass", row["active"]]
             for gradient in ("max_err_dhidden", "max_err_dweight"):
@@ -237,11 +237,11 @@ def test_panels_of_many_bars_are_split_by_active_share():
     assert list(plot.panels(rows[-9:])) == [("T = 2",)]
 
 
-def small_inputs(share: float, dtype: torch.dtype = torch.float64) -> linear_rivals.Inputs:
+def small_inputs(share: float, dtype: torch.dtype = torch.float64) -> rivals.Inputs:
     torch.manual_seed(0)
     hidden = torch.randn(40, 16, dtype=dtype).requires_grad_()
     weight = (torch.randn(61, 16, dtype=dtype) * 0.7).requires_grad_()
-    return linear_rivals.make_inputs(hidden, weight, share)
+    return rivals.make_inputs(hidden, weight, share)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
@@ -293,7 +293,7 @@ def test_verl_is_found_past_its_own_imports(tmp_path):
     (kernels / "linear_cross_entropy.py").write_text(
         "from verl.utils.device import name\ndef linear_cross_entropy(): return name\n"
     )
-    code = "from bench import linear_rivals as x; print(x.verl_function()())"
+    code = "from bench import rivals as x; print(x.verl_function()())"
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
     done = subprocess.run(
         [sys.executable, "-c", code],
