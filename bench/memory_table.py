@@ -201,6 +201,8 @@ def main() -> None:
     if options.trial:
         print(json.dumps(trial(json.loads(options.trial))))
         return
+    if not (options.smoke or torch.cuda.is_available()):
+        parser.error("no CUDA device, and no limit of memory to set: only --smoke runs here")
     end = time.monotonic() + options.budget_s
     rows = smoke() if options.smoke else search(options.out, end)
     rows = [row | machine() for row in rows]
