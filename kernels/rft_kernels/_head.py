@@ -14,7 +14,7 @@ from . import _backends, _gemm
 from .torch_backend import at, default_scratch, row_bytes, stats_dtype
 
 # Enough rows that reading and writing dW once a tile is small beside the tile's GEMMs.
-_TILE_ROWS = {"cpu": 256, "cuda": 2048}
+_TILE_ROWS = {"cpu": 384, "cuda": 2048}
 _COUNTING_DEVICES = ("cpu",)  # where the number of marked rows may be read
 
 
