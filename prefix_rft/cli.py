@@ -172,8 +172,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0: done, 2: something to put right, 130: interrupted."""
     # Threads that spin while they wait take the processor from those they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    status = _run(sys.argv[1:] if argv is None else argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # All is written. A torn down interpreter can abort on a thread of the process group, and
+        # the launcher would call a good run failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
-        return parse(sys.argv[1:] if argv is None else argv).run()
+        return parse(argv).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@
 One training step of the configuration on the pickled groups; rank 0 writes weights and metrics.
 """
 
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -51,3 +52,5 @@ def step(config_file: str, groups_file: str, out: str) -> None:
 
 if __name__ == "__main__":
     step(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # a torn down interpreter can abort on a thread of the process group
