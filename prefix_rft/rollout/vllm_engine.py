@@ -113,6 +113,7 @@ class VLLMEngine:
                     gpu_memory_utilization=config.gpu_memory_utilization,
                     kv_cache_memory_bytes=config.kv_cache_mib and config.kv_cache_mib * _MIB,
                     enforce_eager=config.enforce_eager,
+                    **_whole_prompts(self._max_length, device),
                     enable_sleep_mode=self._can_sleep,
                     tensor_parallel_size=config.tensor_parallel_size,
                     distributed_executor_backend="external_launcher" if num_ranks > 1 else "uni",
@@ -251,6 +252,15 @@ class _Job(NamedTuple):
     token_ids: list[int]
     max_new_tokens: int
     seed: int
+
+
+def _whole_prompts(max_length: int, device: torch.device) -> dict[str, int | bool]:
+    """On a CPU no prompt is read in parts: after each vLLM rewinds the generator of a seeded
+    request, which one of the CPU cannot do.
+    """
+    if device.type == "cuda":
+        return {}
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 4096)}
 
 
 def request_seed(seed: int, index: int) -> int:
