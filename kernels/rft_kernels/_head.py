@@ -14,7 +14,7 @@ from . import _backends, _gemm
 from .torch_backend import at, default_scratch, row_bytes, stats_dtype
 
 # Enough rows that reading and writing dW once a tile is small beside the tile's GEMMs.
-_TILE_ROWS = {"cpu": 384, "cuda": 2048}
+_TILE_ROWS = {"cpu": 448, "cuda": 2048}
 _COUNTING_DEVICES = ("cpu",)  # where the number of marked rows may be read
 
 
@@ -52,8 +52,12 @@ class Head:
         return self.hidden.new_empty(num_rows, len(self.weight), dtype=self.dtype)
 
     def tiles(self, rows: Tensor, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Index vectors of the rows with their logits, in the buffer; softcap still to come."""
-        for tile in rows.split(len(buffer)) if len(rows) else ():
+        """Index vectors of the rows with their logits, in the buffer; softcap still to come.
+
+        Tiles are of one size, or nearly: a small one costs its reads of the weight all the same.
+        """
+        num_tiles = -(-len(rows) // max(1, len(buffer)))
+        for tile in rows.tensor_split(num_tiles) if num_tiles else ():
             yield tile, self.project(tile, buffer[: len(tile)])
 
     def project(self, tile: Tensor, out: Tensor) -> Tensor:

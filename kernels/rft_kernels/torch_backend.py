@@ -49,10 +49,11 @@ def row_stats(
     index = torch.where(in_range, targets, 0).long()
     for rows in _blocks(valid, logits, scratch_bytes):
         z, _ = _scaled(logits[rows], at(temperature, rows), softcap, dtype)
-        log_p = torch.log_softmax(z, -1)
-        log_probs[rows] = log_p.gather(-1, index[rows, None]).squeeze(-1)
-        p_log_p = torch.softmax(z, -1).mul_(log_p.clamp_(min=_LOWEST_LOG_P))
-        entropy[rows] = 0 - p_log_p.sum(-1)  # no term is positive, and 0 - 0 is not -0
+        z = z - z.amax(-1, keepdim=True)
+        p = torch.softmax(z, -1)
+        lse = 0 - p.amax(-1).log()  # the largest p is e^0 over the sum; and 0 - 0 is not -0
+        log_probs[rows] = z.gather(-1, index[rows, None]).squeeze(-1) - lse
+        entropy[rows] = lse - p.mul_(z.clamp_(min=_LOWEST_LOG_P)).sum(-1)
     log_probs = torch.where(valid, torch.where(in_range, log_probs, torch.nan), 0)
     return log_probs, torch.where(valid, entropy, 0), log_probs.new_empty(num_rows, NUM_SAVED)
 
