@@ -16,6 +16,8 @@ from prefix_rft.config import Config, UserError, load_config
 
 Overrides = Annotated[Config, arg(name="")]
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]
+# What a command takes before its options.
+_FIRST = {"train": "config", "eval": "model", "serve": "config", "doctor": "config"}
 MODEL_FOLDER = "model"
 CONFIG_FILE = "config.toml"
 
@@ -72,6 +74,24 @@ class Eval:
         results = evaluate_model(self.overrides, path)
         if _is_main_rank():
             print(json.dumps(results, indent=2))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Generate with vLLM for a trainer whose rollout.engine is vllm_server."""
+
+    config: Annotated[Positional[str], arg(metavar="CONFIG")]
+    """The configuration of the trainer; comes before all options."""
+    host: str = "127.0.0.1"
+    """The address to listen at. Who can reach it can replace the weights: no public one."""
+    port: int = 8000
+    overrides: Overrides
+
+    def run(self) -> int:
+        from prefix_rft.serve import serve
+
+        serve(self.overrides, host=self.host, port=self.port)
         return 0
 
 
@@ -134,7 +154,7 @@ class Doctor:
         return 0
 
 
-Command = Train | Eval | Export | Report | Doctor
+Command = Train | Eval | Serve | Export | Report | Doctor
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -146,7 +166,8 @@ def parse(argv: Sequence[str]) -> Command:
     first = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None
     name = argv[0] if argv else None
     config = Config()
-    if first is not None and name in ("train", "doctor"):
+    given = _FIRST.get(name)
+    if first is not None and given == "config":
         config = load_config(first)
     elif first is not None and name == "eval" and _is_run_folder(first):
         config = load_config(Path(first) / CONFIG_FILE)
@@ -154,6 +175,7 @@ def parse(argv: Sequence[str]) -> Command:
     command = tyro.cli(
         Annotated[Train, subcommand("train", default=Train(config=missing, overrides=config))]
         | Annotated[Eval, subcommand("eval", default=Eval(model=missing, overrides=config))]
+        | Annotated[Serve, subcommand("serve", default=Serve(config=missing, overrides=config))]
         | Annotated[Export, subcommand("export")]
         | Annotated[Report, subcommand("report")]
         | Annotated[Doctor, subcommand("doctor", default=Doctor(overrides=config))],
@@ -162,7 +184,6 @@ def parse(argv: Sequence[str]) -> Command:
         args=argv,
     )
     # The values of a configuration are the defaults of the options, so it is needed before them.
-    given = {"train": "config", "doctor": "config", "eval": "model"}.get(name)
     if given is not None and getattr(command, given) != first:
         raise UserError(f"{given}: expected right after {name!r}, before all options")
     return command

@@ -184,7 +184,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
     group_size: int = 8  # rollouts per prompt, hybrids included
     temperature: float = 1.0  # of sampling, and of every log-prob and entropy in training
     max_response_length: int = 8192  # tokens, prefix included
@@ -200,7 +200,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VLLMConfig:
-    """What `rollout.engine = "vllm"` needs to know besides `[rollout]`."""
+    """What the engines `vllm` and `vllm_server` need to know besides `[rollout]`."""
 
     tensor_parallel_size: int = 1  # neighbouring processes that share one copy of the weights
     # share of the device's memory (without CUDA: of the machine's) for weights and KV cache
@@ -210,9 +210,12 @@ class VLLMConfig:
     # give up weights and KV cache while training; None: where there is CUDA
     sleep: bool | None = None
     weight_bucket_mib: int = 512  # gathered at once when new weights are pushed
+    server_url: str = "http://127.0.0.1:8000"  # of prefix-rft serve, for the engine vllm_server
 
     def __post_init__(self) -> None:
         _at_least(1, self, "tensor_parallel_size", "kv_cache_mib", "weight_bucket_mib")
+        is_url = self.server_url.startswith(("http://", "https://"))
+        require(is_url, "vllm.server_url", "http://host:port", self.server_url)
         _above(0, self, "gpu_memory_utilization")
         _shares(self, "gpu_memory_utilization")
 

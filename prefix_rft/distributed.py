@@ -97,9 +97,15 @@ class World:
         """This rank's part of `items`: every size-th."""
         return items[self.rank :: self.size]
 
-    def merge(self, share: Sequence[T]) -> list[T]:
-        """All items, in order, from each rank's share of them. Collective."""
-        shares = self.gather(list(share))
+    def merge(self, share: Sequence[T] | UserError) -> list[T]:
+        """All items, in order, from each rank's share of them; an error is raised on all ranks.
+
+        Collective.
+        """
+        shares = self.gather(share)
+        for part in shares:
+            if isinstance(part, UserError):
+                raise part
         merged: list[Any] = [None] * sum(map(len, shares))
         for rank, part in enumerate(shares):
             merged[rank :: self.size] = part
@@ -121,19 +127,20 @@ class World:
 
     def from_main(self, function: Callable[[], T]) -> T:
         """What `function` returns on rank 0, or the UserError that it raises there. Collective."""
-        result, error = None, None
-        if self.is_main:
-            try:
-                result = function()
-            except UserError as raised:
-                error = raised
+        outcome = [attempt(function) if self.is_main else None]
         if self.size > 1:
-            outcome = [result, error]
             dist.broadcast_object_list(outcome, src=0)
-            result, error = outcome
-        if error is not None:
-            raise error
-        return result
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        return outcome[0]
+
+
+def attempt(function: Callable[[], T]) -> T | UserError:
+    """What `function` returns, or the UserError that it raises."""
+    try:
+        return function()
+    except UserError as error:
+        return error
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -175,16 +175,30 @@ def load_model(config: ModelConfig, path: str | Path, *, seed: int = 0) -> PreTr
     return _prepare(model.to(resolve_device(config)), config, seed=seed)
 
 
-def _architecture(config: ModelConfig, path: str | Path) -> dict[str, Any]:
-    """What a model of `path` is made from, beside its weights."""
+def load_model_config(config: ModelConfig, path: str | Path) -> PreTrainedConfig:
+    """The configuration of the model at `path`, with the overrides of `config`.
+
+    Raises:
+        ConfigError: nothing at `path`, no causal language model there, or an override that the
+            model has no place for.
+    """
     try:
         model_config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise _not_found(path, "model", error) from error
     _require_causal_lm(model_config, path)
     _override(model_config.get_text_config(), config)
+    return model_config
+
+
+def _architecture(config: ModelConfig, path: str | Path) -> dict[str, Any]:
+    """What a model of `path` is made from, beside its weights."""
     dtype, _ = resolve_weight_dtypes(config)
-    return {"config": model_config, "dtype": dtype, "attn_implementation": _attention(config)}
+    return {
+        "config": load_model_config(config, path),
+        "dtype": dtype,
+        "attn_implementation": _attention(config),
+    }
 
 
 def _prepare(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> PreTrainedModel:

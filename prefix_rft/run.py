@@ -18,7 +18,7 @@ from prefix_rft.checkpoint import (
 )
 from prefix_rft.config import Config, load_config, save_config
 from prefix_rft.data import load_problems
-from prefix_rft.distributed import World
+from prefix_rft.distributed import World, attempt
 from prefix_rft.evaluate import answer, summarize
 from prefix_rft.interrupt import Interrupt, Stopped
 from prefix_rft.loading import (
@@ -32,7 +32,7 @@ from prefix_rft.loading import (
 from prefix_rft.measures import LogProbGapError
 from prefix_rft.metrics import MetricsLogger, NoLogger
 from prefix_rft.reward import Rewarder, RewardError
-from prefix_rft.rollout import make_engine
+from prefix_rft.rollout import EngineError, make_engine
 from prefix_rft.rollout.serving import serving
 from prefix_rft.trainer import Trainer
 from prefix_rft.view.report import write_report
@@ -189,14 +189,16 @@ class Setup:
             serving(self.engine, self.policy, version),
             interrupt.abandonable(at_once=not self.engine.is_collective),
         ):
-            answers = answer(
-                self.world.share(self.data.held_out),
-                self.engine,
-                self.rewarder,
-                self.tokenizer,
-                config=self.config.eval,
-                max_response_length=self.config.rollout.max_response_length,
-                seed=self.config.seed * self.world.size + self.world.rank,
+            answers = attempt(
+                lambda: answer(
+                    self.world.share(self.data.held_out),
+                    self.engine,
+                    self.rewarder,
+                    self.tokenizer,
+                    config=self.config.eval,
+                    max_response_length=self.config.rollout.max_response_length,
+                    seed=self.config.seed * self.world.size + self.world.rank,
+                )
             )
         return summarize(self.world.merge(answers))
 
@@ -234,7 +236,7 @@ def _loop(
                     results = setup.evaluate(interrupt, version=done)
                     logger.log(done, _eval_metrics(results), kind="eval")
         # They come between two updates: the weights are whole.
-        except (Stopped, RewardError, LogProbGapError):
+        except (Stopped, RewardError, LogProbGapError, EngineError):
             if trainer.step_index > saved:
                 trainer.save(checkpoints)
             checkpoints.finish()

@@ -28,14 +28,8 @@ def full_weights(
         vocab_size: rows of embedding and lm_head that are kept; None: all.
         unties: a tied weight comes under each of its names, else once, under the first.
     """
-    weights: dict[int | str, tuple[str, torch.Tensor]] = {}
-    # The state dict comes first: it shards again what a forward has left gathered.
-    for name, weight in model.state_dict(keep_vars=True).items():
-        if not is_adapter(name):
-            weights.setdefault(name if unties else id(weight), (merged_name(name), weight))
-    layers = adapted_weights(model)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    by_token = {id(embedding.weight), id(head.weight), id(getattr(head, "bias", None))}
+    weights = _named_weights(model, unties)
+    layers, by_token = adapted_weights(model), _by_token(model)
 
     @torch.no_grad()
     def full(weight: torch.Tensor) -> torch.Tensor:
@@ -44,10 +38,39 @@ def full_weights(
         whole = full_tensor(local.to(dtype) if local.is_floating_point() else local)
         return whole[:vocab_size] if id(weight) in by_token else whole
 
-    for bucket in _buckets(weights.values(), dtype, bucket_bytes):
+    for bucket in _buckets(weights, dtype, bucket_bytes):
         gathered = [(name, full(weight)) for name, weight in bucket]
         while gathered:
             yield gathered.pop(0)
+
+
+def weight_shapes(
+    model: nn.Module, *, dtype: torch.dtype, vocab_size: int | None = None, unties: bool = False
+) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name, dtype and shape of what `full_weights` hands out, in its order. Gathers nothing."""
+    by_token = _by_token(model)
+    shapes = []
+    for name, weight in _named_weights(model, unties):
+        shape = tuple(weight.shape)
+        if id(weight) in by_token and vocab_size is not None:
+            shape = (min(shape[0], vocab_size), *shape[1:])
+        shapes.append((name, dtype if weight.is_floating_point() else weight.dtype, shape))
+    return shapes
+
+
+def _named_weights(model: nn.Module, unties: bool) -> list[tuple[str, torch.Tensor]]:
+    weights: dict[int | str, tuple[str, torch.Tensor]] = {}
+    # The state dict comes first: it shards again what a forward has left gathered.
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if not is_adapter(name):
+            weights.setdefault(name if unties else id(weight), (merged_name(name), weight))
+    return list(weights.values())
+
+
+def _by_token(model: nn.Module) -> set[int]:
+    """The parameters that have a row for each token, by id."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return {id(embedding.weight), id(head.weight), id(getattr(head, "bias", None))}
 
 
 def _buckets(

@@ -1,8 +1,15 @@
 """Shared fixtures: a tiny random model and a tokenizer of one token a character."""
 
+import json
 import os
+import socket
 import string
-from collections.abc import Callable
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -17,6 +24,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from prefix_rft.config import save_config
+from tests.vllm_cases import PYTHON, ROOT, environment, learning_run, skip_without_vllm
 
 torch.set_num_threads(1)
 
@@ -76,3 +86,76 @@ def make_model() -> Callable[..., PreTrainedModel]:
 def tiny_model(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     """Qwen2 in float32; its lm_head has more columns than `tiny_tokenizer` has tokens."""
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def measure(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
+    """A function that runs a scenario of tests/vllm_worker.py, once, and returns what it found."""
+    skip_without_vllm()
+    ended: dict[tuple, tuple[subprocess.CompletedProcess, Path]] = {}
+
+    def run(scenario: str, *arguments: object, num_ranks: int = 1, **variables: str) -> dict:
+        key = (scenario, *arguments, num_ranks, *variables.items())
+        if key not in ended:
+            out = tmp_path_factory.mktemp(scenario) / "found.json"
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+            command = ["tests/vllm_worker.py", scenario, out, *arguments]
+            if num_ranks > 1:
+                command = [*launcher, num_ranks, *command]
+            process = subprocess.run(
+                [PYTHON, *map(str, command)],
+                cwd=ROOT,
+                env=environment() | variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=300,
+            )
+            ended[key] = process, out
+        process, out = ended[key]
+        is_clean = process.returncode == 0 and "Traceback" not in process.stdout
+        assert is_clean, process.stdout[-8000:]
+        return json.loads(out.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all runs with vLLM find the one base."""
+    return tmp_path_factory.mktemp("base")
+
+
+@pytest.fixture(scope="session")
+def server_url(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of `prefix-rft serve` for `learning_run`."""
+    skip_without_vllm()
+    folder = tmp_path_factory.mktemp("server")
+    save_config(learning_run(folder, base_dir, engine="vllm"), folder / "config.toml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [PYTHON, "-m", "prefix_rft", "serve", folder / "config.toml", "--port", str(port)]
+    url, log = f"http://127.0.0.1:{port}", folder / "log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not _answers(f"{url}/health"):
+            is_starting = server.poll() is None and time.monotonic() < deadline
+            assert is_starting, log.read_text()[-8000:]
+            time.sleep(0.5)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (URLError, TimeoutError):
+        return False

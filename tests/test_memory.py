@@ -305,6 +305,9 @@ def test_vllm_takes_its_share_while_it_is_awake() -> None:
     terms = plan(config, place)
     assert terms["engine, vllm"].phase == "always"
     assert terms["engine, vllm"].num_bytes == 2 * numel + 3 * 2**20
+    terms = plan({"rollout": {"engine": "vllm_server"}}, place)  # on devices of its own
+    assert "engine, vllm" not in terms and "KV cache" not in terms
+    assert terms["weights, on their way to the engine"].num_bytes == 3 * 512 * 2**20
     terms = plan({}, replace(place, num_processes=2))
     assert terms["KV cache"].num_bytes == 4 * 50 * token_bytes
     assert terms["weights, gathered to generate"].num_bytes == 2 * numel

@@ -4,12 +4,7 @@ vLLM changes threads and process groups of the process that imports it, so that 
 others, by tests/vllm_worker.py, with the packages of .venv-vllm, which `make test` sets up.
 """
 
-import json
 import math
-import os
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,68 +13,20 @@ import torch
 import torch.distributed as dist
 
 from prefix_rft import weights
-from prefix_rft.config import ConfigError, VLLMConfig, config_from_dict, save_config
-from prefix_rft.rollout import vllm_engine
-from prefix_rft.rollout.vllm_engine import VLLMEngine, request_seed
+from prefix_rft.config import ConfigError, VLLMConfig, save_config
+from prefix_rft.rollout import vllm_engine, vllm_options
+from prefix_rft.rollout.vllm_engine import VLLMEngine
+from prefix_rft.rollout.vllm_options import request_seed
 from tests.rollout_cases import VOCAB, make_requests
 from tests.tiny import make_model
+from tests.vllm_cases import TOLERANCE, check_learnt, learning_run
 
-ROOT = Path(__file__).parent.parent
-VENV = ROOT / ".venv-vllm"
-PYTHON = Path(os.environ.get("PREFIX_RFT_VLLM_PYTHON", VENV / "bin/python"))
-TOLERANCE = 1e-4  # nats, of a log-prob
 EOS = range(0, VOCAB, 12)  # as in the worker
 CPU = torch.device("cpu")
 
-Found = Callable[..., dict]
-
-
-@pytest.fixture(scope="session")
-def measure(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """A function that runs a scenario of the worker, once, and returns what it found."""
-    if torch.cuda.is_available():
-        pytest.skip("the CPU rebuild of vLLM is for machines without CUDA")
-    if not PYTHON.exists():
-        log = VENV / "failed"
-        reason = log.read_text().strip().splitlines()[-1] if log.exists() else "run make test"
-        pytest.skip(f"no vLLM for the CPU in {PYTHON}: {reason}")
-    ended: dict[tuple, tuple[subprocess.CompletedProcess, Path]] = {}
-
-    def run(scenario: str, *arguments: object, num_ranks: int = 1, **environment: str) -> dict:
-        key = (scenario, *arguments, num_ranks, *environment.items())
-        if key not in ended:
-            out = tmp_path_factory.mktemp(scenario) / "found.json"
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            command = ["tests/vllm_worker.py", scenario, out, *arguments]
-            if num_ranks > 1:
-                command = [*launcher, num_ranks, *command]
-            process = subprocess.run(
-                [PYTHON, *map(str, command)],
-                cwd=ROOT,
-                env=_environment() | environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=300,
-            )
-            ended[key] = process, out
-        process, out = ended[key]
-        is_clean = process.returncode == 0 and "Traceback" not in process.stdout
-        assert is_clean, process.stdout[-8000:]
-        return json.loads(out.read_text())
-
-    return run
-
-
-def _environment() -> dict[str, str]:
-    """One thread, and none of the settings that make this process Triton's interpreter."""
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-
 
 @pytest.fixture
-def engine(measure: Found) -> dict:
+def engine(measure) -> dict:
     return measure("engine")
 
 
@@ -164,46 +111,15 @@ def test_two_ranks_push_and_generate(measure, tensor_parallel_size):
     assert all(found["kept"])
 
 
-@pytest.fixture(scope="session")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all runs find the one base."""
-    return tmp_path_factory.mktemp("base")
-
-
 @pytest.mark.parametrize(("engine", "num_ranks"), [("transformers", 1), ("vllm", 1), ("vllm", 2)])
 def test_a_run_learns_with_either_engine(measure, base_dir, tmp_path, engine, num_ranks):
-    """The testbed with a hardly trained base, and a reward that a few steps raise."""
-    config = config_from_dict(
-        {
-            "name": "run",
-            "output_dir": str(tmp_path / "run"),
-            "data": {"path": "testbed", "num_eval": 16, "max_prompt_tokens": 160},
-            "testbed": {"num_train": 64},
-            "base": {"cache_dir": str(base_dir), "num_batches": 40, "batch_size": 16},
-            "model": {"device": "cpu"},
-            "rollout": {"engine": engine, "max_response_length": 40},
-            "vllm": {"enforce_eager": True, "kv_cache_mib": 128},
-            "reward": {"function": "tests.vllm_worker:many_digits"},
-            "optimizer": {"lr": 5e-4},
-            "trainer": {"num_steps": 8, "prompts_per_step": 8, "prompts_per_update": 8},
-            "eval": {"num_samples": 2},
-            "log": {"progress": "plain", "tensorboard": False},
-        }
-    )
+    config = learning_run(tmp_path / "run", base_dir, engine=engine)
     save_config(config, tmp_path / "config.toml")
-    found = measure("run", tmp_path / "config.toml", num_ranks=num_ranks)
-    rewards = [record["reward/ordinary_mean"] for record in found["records"]]
-    assert len(rewards) == 8
-    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.5
-    assert found["summary"]["trained"]["greedy"] > found["summary"]["base"]["greedy"]
-    # A step in which all rollouts earn the same measures nothing.
-    gaps = [record.get("rollout/log_prob_gap_max") for record in found["records"]]
-    gaps = [gap for gap in gaps if gap is not None]
-    assert len(gaps) > 2 and max(gaps) < TOLERANCE
+    check_learnt(measure("run", tmp_path / "config.toml", num_ranks=num_ranks))
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
+    monkeypatch.setattr(vllm_options, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'prefix-rft\[vllm\]'"):
         make_engine(make_model(20))
 
@@ -281,7 +197,7 @@ class RecordingLLM:
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines are made of a `RecordingLLM`."""
-    monkeypatch.setattr(vllm_engine, "_import_vllm", lambda: SimpleNamespace(LLM=RecordingLLM))
+    monkeypatch.setattr(vllm_engine, "import_vllm", lambda: SimpleNamespace(LLM=RecordingLLM))
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
 

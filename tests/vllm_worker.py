@@ -15,10 +15,13 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from prefix_rft.config import ShardingConfig, VLLMConfig, load_config
-from prefix_rft.data_types import RolloutRequest
+from prefix_rft.base_model import resolve_base
+from prefix_rft.config import ShardingConfig, UserError, VLLMConfig, load_config
+from prefix_rft.data_types import Completion, RolloutRequest
 from prefix_rft.distributed import World
+from prefix_rft.loading import load_policy, load_tokenizer
 from prefix_rft.model import Policy
+from prefix_rft.rollout import make_engine as make_rollout_engine
 from prefix_rft.rollout.transformers_engine import TransformersEngine
 from prefix_rft.rollout.vllm_engine import VLLMEngine
 from prefix_rft.run import train
@@ -72,10 +75,10 @@ def transformers_engine(model, vocab_size: int) -> TransformersEngine:
 
 
 def refused(function, *arguments, **options) -> str:
-    """The message of the RuntimeError or ValueError that the call ends in."""
+    """The message of the error that the call ends in."""
     try:
         function(*arguments, **options)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, UserError) as error:
         return str(error)
     return "not refused"
 
@@ -193,6 +196,63 @@ def ranks(found: dict) -> None:
         vllm.close()
 
 
+def server(found: dict, file: Path) -> None:
+    """One trainer of a server, then another: log-probs, versions, budgets, seeds, refusals."""
+    config = load_config(file)
+    base = resolve_base(config)
+    tokenizer = load_tokenizer(base)
+    policy = load_policy(config, base, vocab_size=len(tokenizer), world=World())
+    ours, requests = make_rollout_engine(config, policy, tokenizer), make_requests(32)
+    found["before_push"] = refused(generate, ours, requests)
+
+    ours.update_weights(policy.model, 0)
+    told = []
+    sampled = ours.generate(
+        requests,
+        temperature=1.0,
+        seed=0,
+        weights_version=0,
+        on_done=lambda index, completion: told.append((index, completion)),
+    )
+    found["told"] = sorted(told) == list(enumerate(sampled))
+    found["gap"] = log_prob_gap(policy, requests, sampled)
+    found["completions"] = [(c.token_ids, c.log_probs, c.finish_reason) for c in sampled]
+    found["repeated"] = generate(ours, requests) == sampled
+    found["other_seed"] = generate(ours, requests, seed=1) == sampled
+    greedy = generate(ours, requests, temperature=0.0)
+    plain = make_rollout_engine(
+        replace(config, rollout=replace(config.rollout, engine="transformers")), policy, tokenizer
+    )
+    plain.update_weights(policy.model, 0)
+    found["greedy"] = greedy_ids(greedy) == greedy_ids(generate(plain, requests, temperature=0.0))
+
+    step(policy)
+    found["stale"] = refused(generate, ours, requests, weights_version=1)
+    ours.weights_version = 1
+    found["faked"] = refused(generate, ours, requests, weights_version=1)
+    ours.update_weights(policy.model, 1)
+    followed = generate(ours, requests, weights_version=1)
+    found["gap_followed"] = log_prob_gap(policy, requests, followed)
+
+    # As after a kill: the first trainer has not left.
+    theirs = make_rollout_engine(config, policy, tokenizer)
+    theirs.update_weights(policy.model, 1)
+    found["others"] = refused(generate, ours, requests, weights_version=1)
+    found["gap_theirs"] = log_prob_gap(
+        policy, requests, generate(theirs, requests, weights_version=1)
+    )
+    shorter = replace(config, rollout=replace(config.rollout, max_response_length=39))
+    found["other_limit"] = refused(make_rollout_engine, shorter, policy, tokenizer)
+    theirs.close()
+    theirs._url = theirs._transfer.client.base_url = "http://127.0.0.1:9"  # nothing listens there
+    found["gone"] = refused(generate, theirs, requests, weights_version=1)
+    found["gone_at_push"] = refused(theirs.update_weights, policy.model, 2)
+
+
+def greedy_ids(completions: list[Completion]) -> list[tuple[int, ...]]:
+    return [completion.token_ids for completion in completions]
+
+
 def forget_killed_runs() -> None:
     """Without CUDA, vLLM's tensor parallel ranks share memory whose name a killed run leaves taken.
 
@@ -218,7 +278,8 @@ def many_digits(completions: list[str], **columns: object) -> list[float]:
 if __name__ == "__main__":
     scenario, out, *rest = sys.argv[1:]
     found: dict = {}
-    {"engine": engine, "ranks": ranks, "run": run}[scenario](found, *map(Path, rest))
+    scenarios = {"engine": engine, "ranks": ranks, "server": server, "run": run}
+    scenarios[scenario](found, *map(Path, rest))
     if int(os.environ.get("RANK", 0)) == 0:
         Path(out).write_text(json.dumps(found))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -6,12 +6,16 @@ from typing import Protocol
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from prefix_rft.config import Config
+from prefix_rft.config import Config, UserError
 from prefix_rft.data_types import Completion, RolloutRequest
 from prefix_rft.loading import eos_token_ids, resolve_autocast_dtype
 from prefix_rft.model import Policy
 
 OnDone = Callable[[int, Completion], None]
+
+
+class EngineError(UserError):
+    """An engine outside the trainer's processes is gone, or holds other weights than were sent."""
 
 
 class RolloutEngine(Protocol):
@@ -69,16 +73,17 @@ def make_engine(
         "eos_token_ids": eos_token_ids(model, tokenizer),
         "max_batch_sequences": config.rollout.max_batch_sequences,
     }
-    if config.rollout.engine == "vllm":
-        from prefix_rft.rollout.vllm_engine import VLLMEngine
+    if config.rollout.engine != "transformers":
+        if config.rollout.engine == "vllm":
+            from prefix_rft.rollout.vllm_engine import VLLMEngine as Engine
+        else:
+            from prefix_rft.rollout.vllm_server import VLLMServerEngine as Engine
 
-        responses = (config.rollout.max_response_length, config.eval.max_response_length or 0)
-        max_length = config.data.max_prompt_tokens + max(responses)
-        return VLLMEngine(
+        return Engine(
             model,
             config=config.vllm,
             device=policy.device,
-            max_length=max_length,
+            max_length=max_sequence_length(config),
             autocast_dtype=resolve_autocast_dtype(config.model),
             **shared,
         )
@@ -90,6 +95,12 @@ def make_engine(
         autocast_dtype=policy.autocast_dtype,
         **shared,
     )
+
+
+def max_sequence_length(config: Config) -> int:
+    """Tokens of prompt and response together, at most, in training and evaluation."""
+    responses = (config.rollout.max_response_length, config.eval.max_response_length or 0)
+    return config.data.max_prompt_tokens + max(responses)
 
 
 def check_call(

@@ -50,8 +50,9 @@ def print_memory(config: Config, *, num_processes: int, device_gib: float | None
     """
     divisors = {
         "sharding.replicas": config.sharding.replicas,
-        "vllm.tensor_parallel_size": config.vllm.tensor_parallel_size,
     }
+    if config.rollout.engine == "vllm":
+        divisors["vllm.tensor_parallel_size"] = config.vllm.tensor_parallel_size
     for key, value in divisors.items():
         if num_processes % value:
             raise ConfigError(

@@ -33,11 +33,7 @@ def memory_terms(config: Config, shapes: Shapes, place: Place) -> list[MemoryTer
         *(_gathered(shapes) if is_sharded else _cast(shapes, "update")),
         *_activations(shapes, is_checkpointed=config.model.gradient_checkpointing),
         *_lm_head(shapes),
-        *(
-            _vllm(config, shapes, place)
-            if config.rollout.engine == "vllm"
-            else _own_engine(shapes, is_sharded=is_sharded)
-        ),
+        *_engine(config, shapes, place, is_sharded=is_sharded),
     ]
 
 
@@ -211,27 +207,33 @@ def _lm_head(s: Shapes) -> list[MemoryTerm]:
     ]
 
 
-def _vllm(config: Config, s: Shapes, place: Place) -> list[MemoryTerm]:
+def _engine(config: Config, s: Shapes, place: Place, *, is_sharded: bool) -> list[MemoryTerm]:
+    if config.rollout.engine == "transformers":
+        return _own_engine(s, is_sharded=is_sharded)
+    largest = max(weight.numel for weight in s.weights) * s.compute_bytes
+    is_far = config.rollout.engine == "vllm_server"
+    pushed = MemoryTerm(
+        name="weights, on their way to the engine",
+        num_bytes=max(config.vllm.weight_bucket_mib * 2**20, largest) * (3 if is_far else 1),
+        formula="vllm.weight_bucket_mib, or the largest weight"
+        + (" x 3: as gathered, and in two buffers that are sent" if is_far else ""),
+        phase="host" if config.sharding.cpu_offload and not is_far else "rollout",
+    )
+    return [pushed] if is_far else [_vllm(config, s, place), pushed]
+
+
+def _vllm(config: Config, s: Shapes, place: Place) -> MemoryTerm:
     sleeps = place.device.type == "cuda" if config.vllm.sleep is None else config.vllm.sleep
     weights, cache = _engine_bytes(config, s, place)
     tokens = kv_cache_tokens(config, s, place)
-    largest = max(weight.numel for weight in s.weights) * s.compute_bytes
-    return [
-        MemoryTerm(
-            name="engine, vllm",
-            num_bytes=weights + max(0, cache),
-            formula=f"{s.num_parameters:,} weights{_over(config.vllm.tensor_parallel_size)} x "
-            f"{s.compute_bytes} bytes, the rest for a KV cache of {tokens:,} tokens "
-            f"({tokens / s.length:.1f} sequences of full length)",
-            phase="rollout" if sleeps else "always",
-        ),
-        MemoryTerm(
-            name="weights, on their way to the engine",
-            num_bytes=max(config.vllm.weight_bucket_mib * 2**20, largest),
-            formula="vllm.weight_bucket_mib, or the largest weight",
-            phase="host" if config.sharding.cpu_offload else "rollout",
-        ),
-    ]
+    return MemoryTerm(
+        name="engine, vllm",
+        num_bytes=weights + max(0, cache),
+        formula=f"{s.num_parameters:,} weights{_over(config.vllm.tensor_parallel_size)} x "
+        f"{s.compute_bytes} bytes, the rest for a KV cache of {tokens:,} tokens "
+        f"({tokens / s.length:.1f} sequences of full length)",
+        phase="rollout" if sleeps else "always",
+    )
 
 
 def _own_engine(s: Shapes, *, is_sharded: bool) -> list[MemoryTerm]:
