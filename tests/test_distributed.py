@@ -164,6 +164,16 @@ def test_a_killed_rank_ends_the_others_and_leaves_the_last_checkpoint(tmp_path) 
     assert trainer.step_index == int(checkpoint.name.removeprefix("step-"))
 
 
+def test_an_error_of_one_rank_ends_all_and_saves(tmp_path, monkeypatch) -> None:
+    config = make_run(tmp_path, reward={"function": "tests.tiny:nonsense_on_rank_1"})
+    config = with_steps(config, num_steps=10_000, checkpoint_every=0)
+    monkeypatch.setenv("METRICS", str(config.run_dir / "metrics.jsonl"))
+    output, _ = train_on_ranks(config, tmp_path).communicate(timeout=120)
+    assert output.count("error: reward.function 'tests.tiny:nonsense_on_rank_1'") == 2
+    [checkpoint] = list_checkpoints(config.run_dir)
+    assert int(checkpoint.name.removeprefix("step-")) >= 2
+
+
 @pytest.mark.parametrize("ranks", [(1, 2), (2, 1)])
 def test_a_checkpoint_goes_from_one_number_of_ranks_to_another(tmp_path, ranks) -> None:
     """Two steps on one number of ranks, then none on the other: the same weights come out."""

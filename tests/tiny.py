@@ -1,6 +1,7 @@
 """A trainer, and a run, over a tiny random model, whose rewards are a rule on the text."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -145,3 +146,10 @@ def make_run(folder: Path, *, tied: bool = False, **sections: dict) -> Config:
 def even_length(completions: list[str], **columns: object) -> list[float]:
     """A reward that needs no mathematics."""
     return [float(len(text) % 2 == 0) for text in completions]
+
+
+def nonsense_on_rank_1(completions: list[str], **columns: object) -> list[float]:
+    """`even_length`, until the file $METRICS knows of two steps: then rank 1 has no rewards."""
+    metrics = Path(os.environ["METRICS"])
+    is_late = metrics.exists() and metrics.read_text().count('"kind": "train"') >= 2
+    return [] if is_late and os.environ["RANK"] == "1" else even_length(completions)
