@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+import torch
+
 from bench.harness import ROOT, machine, write_rows
 
 PHASES = ("push", "generate", "reward", "old_policy", "update", "step")
@@ -38,10 +40,12 @@ def run(folder: Path, arguments: list[str], *, engine: str, ranks: int, steps: i
         "log.progress": "plain",
         "log.no-tensorboard": None,
     }
+    if engine == "vllm" and not torch.cuda.is_available():
+        options |= {"vllm.enforce-eager": None, "vllm.kv-cache-mib": 256}
     command = [*launcher, "-m", "prefix_rft", "train", "testbed", *arguments]
     for name, value in options.items():
         command += [f"--{name}"] if value is None else [f"--{name}", str(value)]
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT.parent,
         env=os.environ | threads,

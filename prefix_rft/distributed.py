@@ -97,15 +97,9 @@ class World:
         """This rank's part of `items`: every size-th."""
         return items[self.rank :: self.size]
 
-    def merge(self, share: Sequence[T] | UserError) -> list[T]:
-        """All items, in order, from each rank's share of them; an error is raised on all ranks.
-
-        Collective.
-        """
-        shares = self.gather(share)
-        for part in shares:
-            if isinstance(part, UserError):
-                raise part
+    def merge(self, share: Sequence[T]) -> list[T]:
+        """All items, in order, from each rank's share of them. Collective."""
+        shares = self.gather(list(share))
         merged: list[Any] = [None] * sum(map(len, shares))
         for rank, part in enumerate(shares):
             merged[rank :: self.size] = part

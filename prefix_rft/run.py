@@ -18,7 +18,7 @@ from prefix_rft.checkpoint import (
 )
 from prefix_rft.config import Config, load_config, save_config
 from prefix_rft.data import load_problems
-from prefix_rft.distributed import World, attempt
+from prefix_rft.distributed import World
 from prefix_rft.evaluate import answer, summarize
 from prefix_rft.interrupt import Interrupt, Stopped
 from prefix_rft.loading import (
@@ -189,16 +189,14 @@ class Setup:
             serving(self.engine, self.policy, version),
             interrupt.abandonable(at_once=not self.engine.is_collective),
         ):
-            answers = attempt(
-                lambda: answer(
-                    self.world.share(self.data.held_out),
-                    self.engine,
-                    self.rewarder,
-                    self.tokenizer,
-                    config=self.config.eval,
-                    max_response_length=self.config.rollout.max_response_length,
-                    seed=self.config.seed * self.world.size + self.world.rank,
-                )
+            answers = answer(
+                self.world.share(self.data.held_out),
+                self.engine,
+                self.rewarder,
+                self.tokenizer,
+                config=self.config.eval,
+                max_response_length=self.config.rollout.max_response_length,
+                seed=self.config.seed * self.world.size + self.world.rank,
             )
         return summarize(self.world.merge(answers))
 

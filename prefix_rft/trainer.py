@@ -27,7 +27,7 @@ from prefix_rft.data_types import (
     TrainBatch,
     Update,
 )
-from prefix_rft.distributed import World, attempt, full_tensor
+from prefix_rft.distributed import World, full_tensor
 from prefix_rft.interrupt import Interrupt
 from prefix_rft.ledger import Ledger
 from prefix_rft.measures import (
@@ -132,8 +132,7 @@ class Trainer:
             with ledger.phase("push"):
                 stack.enter_context(serving(self.engine, self.policy, version=step))
             with interrupt.abandonable(at_once=not self.engine.is_collective):
-                problems = [self.problems[i] for i in self.world.share(order)]
-                share = attempt(lambda: self.generate(problems, ledger))
+                share = self.generate([self.problems[i] for i in self.world.share(order)], ledger)
         with ledger.phase("wait"):  # for the slowest rank
             merged = self.world.merge(share)
         return [
