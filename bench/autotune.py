@@ -39,8 +39,8 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # a smoke run; before triton is imported
     bench = Bench(
         __doc__,
-        tests=["tests/kernels/test_triton.py"],
-        smoke_test="tests/kernels/test_triton.py::test_entropy_has_no_sign",
+        tests=["tests/kernels/test_token_stats_triton.py"],
+        smoke_test="tests/kernels/test_token_stats_triton.py::test_entropy_has_no_sign",
     )
     from rft_kernels import token_stats, triton_backend
     from rft_kernels._launch import RowLaunch

@@ -59,8 +59,8 @@ from bench.device import versions
 print(versions())'
 
 QUICK=() # quick ones, of every kernel that is timed
-for test in triton::test_entropy_has_no_sign triton::test_target_of_probability_zero \
-  triton::test_rows_without_gradient_are_not_read_again policy_loss::test_inplace_backward \
+for test in token_stats_triton::test_entropy_has_no_sign token_stats_triton::test_target_of_probability_zero \
+  token_stats_triton::test_rows_without_gradient_are_not_read_again policy_loss::test_inplace_backward \
   objective_triton::test_log_ratio_is_bounded objective_triton::test_half_precision_log_probs \
   selection_triton::test_infinities_rank_before_nan_and_zeros_are_equal one_launch::test_rows_outside_the_loss; do
   QUICK+=("tests/kernels/test_${test/::/.py::}")

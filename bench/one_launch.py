@@ -361,6 +361,6 @@ if __name__ == "__main__":
         measure,
         cases=CASES,
         smoke_cases=[(4, 67, torch.bfloat16)],
-        tests=["tests/kernels/test_one_launch.py", "tests/kernels/test_triton.py"],
+        tests=["tests/kernels/test_one_launch.py", "tests/kernels/test_policy_loss_triton.py"],
         smoke_test="tests/kernels/test_one_launch.py::test_rows_outside_the_loss",
     )

@@ -185,6 +185,6 @@ if __name__ == "__main__":
         measure,
         cases=CASES,
         smoke_cases=SMOKE_CASES,
-        tests=["tests/kernels/test_policy_loss.py", "tests/kernels/test_triton.py"],
+        tests=["tests/kernels/test_policy_loss.py", "tests/kernels/test_policy_loss_triton.py"],
         smoke_test="tests/kernels/test_policy_loss.py::test_inplace_backward",
     )

@@ -149,6 +149,6 @@ if __name__ == "__main__":
         measure,
         cases=CASES,
         smoke_cases=SMOKE_CASES,
-        tests=["tests/kernels/test_token_stats.py", "tests/kernels/test_triton.py"],
+        tests=["tests/kernels/test_token_stats.py", "tests/kernels/test_token_stats_triton.py"],
         smoke_test="tests/kernels/test_token_stats.py::test_shapes",
     )

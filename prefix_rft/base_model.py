@@ -277,7 +277,8 @@ def _lr_share(step: int, num_steps: int) -> float:
 def _save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write beside `folder`, then rename: what has the name is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    beside = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))  # ours alone to read
+    partial = beside / folder.name
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -286,4 +287,4 @@ def _save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
         if not folder.is_dir():  # else a build beside this one was first, with the same result
             raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)

@@ -155,6 +155,7 @@ def test_two_builds_at_once_end_with_one_base(tiny, tokenizer, monkeypatch):
     monkeypatch.setattr(base_model, "_train", overtaken)
     folder = build_base(tiny, tokenizer, CORPUS, 0)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert folder.stat().st_mode == folder.parent.stat().st_mode  # others may read it
     AutoModelForCausalLM.from_pretrained(folder)
 
 

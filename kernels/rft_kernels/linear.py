@@ -72,9 +72,8 @@ def linear_token_stats(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
     Both outputs are differentiable once in `hidden`, `lm_head_weight`, `bias` and `low_rank`; the
-    backward
-    projects again, and only (on a CPU) rows whose incoming gradients are not both zero. Sums are
-    float32 (float64 for float64). Deterministic.
+    backward projects again, and only (on a CPU) rows whose incoming gradients are not both zero.
+    Sums are float32 (float64 for float64). Deterministic.
     """
     arguments, valid, shard = check_inputs(
         hidden, lm_head_weight, low_rank, bias, targets, temperature, softcap, vocab_size,

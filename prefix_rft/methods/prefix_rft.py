@@ -61,5 +61,5 @@ class PrefixRFT(RFT):
             fraction=Fraction(str(config.selection_fraction)),
             cu_seqlens=batch.cu_seqlens if config.selection_scope == "sequence" else None,
             order=config.selection_order,
-            seed=seed if config.selection_order == "random" else None,
+            seed=seed,
         )

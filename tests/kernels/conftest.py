@@ -1,6 +1,7 @@
-"""One thread, and the same examples on every run."""
+"""One thread, the same examples on every run, and small tiles."""
 
 import hypothesis
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -8,3 +9,11 @@ hypothesis.settings.register_profile(
     "kernels", derandomize=True, deadline=None, max_examples=40, database=None
 )
 hypothesis.settings.load_profile("kernels")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Rows of a few dozen classes take several tiles of Triton's kernels."""
+    from triton_cases import SMALL, triton_backend
+
+    monkeypatch.setattr(triton_backend, "row_launch", lambda logits: SMALL)
