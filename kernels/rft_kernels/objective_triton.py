@@ -331,40 +331,41 @@ def objective_fwd(
     dentropy = dlog_probs.new_empty(num_tokens if entropy_coef else 0)
     low, high, prefix_low, prefix_high = clip_range
 
-    _objective_kernel[(num_programs,)](
-        log_probs_ptr=pointer(log_probs),
-        old_ptr=pointer(old_log_probs),
-        advantages_ptr=pointer(advantages),
-        mask_ptr=pointer(loss_mask),
-        prefix_ptr=pointer(prefix_mask),
-        rollout_ptr=pointer(rollout_log_probs),
-        ref_ptr=pointer(ref_log_probs),
-        entropy_ptr=pointer(entropy),
-        cu_seqlens_ptr=pointer(cu_seqlens),
-        dlog_probs_ptr=dlog_probs,
-        dentropy_ptr=dentropy,
-        partial_ptr=partial,
-        low=low,
-        high=high,
-        prefix_low=prefix_low,
-        prefix_high=prefix_high,
-        dual_clip=0.0 if dual_clip is None else dual_clip,
-        cap=0.0 if importance_cap is None else importance_cap,
-        entropy_coef=entropy_coef,
-        kl_coef=kl_coef,
-        num_tokens=num_tokens,
-        HAS_OLD=old_log_probs is not None,
-        HAS_PREFIX=prefix_mask is not None,
-        HAS_ENTROPY=entropy is not None,
-        HAS_BONUS=entropy is not None and entropy_coef != 0,
-        HAS_DUAL=dual_clip is not None,
-        HAS_CAP=importance_cap is not None,
-        KL=kl,
-        SEQUENCE=by_sequence,
-        TILE=TILE,
-        num_warps=4,
-    )
-    _sum_kernel[(len(SUMS),)](
-        partial_ptr=partial, sums_ptr=sums, num_programs=num_programs, TILE=TILE, num_warps=4
-    )
+    with torch.cuda.device_of(log_probs):
+        _objective_kernel[(num_programs,)](
+            log_probs_ptr=pointer(log_probs),
+            old_ptr=pointer(old_log_probs),
+            advantages_ptr=pointer(advantages),
+            mask_ptr=pointer(loss_mask),
+            prefix_ptr=pointer(prefix_mask),
+            rollout_ptr=pointer(rollout_log_probs),
+            ref_ptr=pointer(ref_log_probs),
+            entropy_ptr=pointer(entropy),
+            cu_seqlens_ptr=pointer(cu_seqlens),
+            dlog_probs_ptr=dlog_probs,
+            dentropy_ptr=dentropy,
+            partial_ptr=partial,
+            low=low,
+            high=high,
+            prefix_low=prefix_low,
+            prefix_high=prefix_high,
+            dual_clip=0.0 if dual_clip is None else dual_clip,
+            cap=0.0 if importance_cap is None else importance_cap,
+            entropy_coef=entropy_coef,
+            kl_coef=kl_coef,
+            num_tokens=num_tokens,
+            HAS_OLD=old_log_probs is not None,
+            HAS_PREFIX=prefix_mask is not None,
+            HAS_ENTROPY=entropy is not None,
+            HAS_BONUS=entropy is not None and entropy_coef != 0,
+            HAS_DUAL=dual_clip is not None,
+            HAS_CAP=importance_cap is not None,
+            KL=kl,
+            SEQUENCE=by_sequence,
+            TILE=TILE,
+            num_warps=4,
+        )
+        _sum_kernel[(len(SUMS),)](
+            partial_ptr=partial, sums_ptr=sums, num_programs=num_programs, TILE=TILE, num_warps=4
+        )
     return sums, dlog_probs, dentropy

@@ -306,17 +306,18 @@ def select_sequences(
     kept = torch.empty_like(candidates, memory_format=torch.contiguous_format)
     num_sequences = 1 if cu_seqlens is None else len(cu_seqlens) - 1
     if num_sequences and len(entropy):
-        _sequences_kernel[(num_sequences,)](
-            entropy_ptr=entropy.contiguous(),
-            mask_ptr=candidates.contiguous().view(torch.uint8),
-            cu_seqlens_ptr=None if cu_seqlens is None else cu_seqlens.contiguous(),
-            kept_ptr=kept.view(torch.uint8),
-            num_tokens=len(entropy),
-            HAS_BOUNDS=cu_seqlens is not None,
-            TILE=TILE,
-            num_warps=8,
-            **_scalars(fraction, order, seed),
-        )
+        with torch.cuda.device_of(entropy):
+            _sequences_kernel[(num_sequences,)](
+                entropy_ptr=entropy.contiguous(),
+                mask_ptr=candidates.contiguous().view(torch.uint8),
+                cu_seqlens_ptr=None if cu_seqlens is None else cu_seqlens.contiguous(),
+                kept_ptr=kept.view(torch.uint8),
+                num_tokens=len(entropy),
+                HAS_BOUNDS=cu_seqlens is not None,
+                TILE=TILE,
+                num_warps=8,
+                **_scalars(fraction, order, seed),
+            )
     return kept
 
 
@@ -339,9 +340,10 @@ def select_pool(
     num_candidates = earlier = earlier_ties = None
     if order == "random":
         num_candidates, earlier = counts.new_empty(grid[0], dtype=torch.int32), counts.new_zeros(1)
-        _count_kernel[grid](
-            mask_ptr=mask, candidates_ptr=num_candidates, total_ptr=earlier, num_warps=8, **work
-        )
+        with torch.cuda.device_of(entropy):
+            _count_kernel[grid](
+                mask_ptr=mask, candidates_ptr=num_candidates, total_ptr=earlier, num_warps=8, **work
+            )
         if ranks is not None:
             earlier = ranks.add_and_rank(earlier)
     shared = {
@@ -358,11 +360,13 @@ def select_pool(
         **_scalars(fraction, order, seed),
     }
     for digit, row in enumerate(counts):
-        _histogram_kernel[grid](**shared, DIGIT=digit)
+        with torch.cuda.device_of(entropy):
+            _histogram_kernel[grid](**shared, DIGIT=digit)
         if ranks is not None and digit < len(counts) - 1:
             ranks.add(row)
         elif ranks is not None:
             earlier_ties = ranks.add_and_rank(row)
     kept = torch.empty_like(candidates, memory_format=torch.contiguous_format)
-    _keep_kernel[grid](**shared, earlier_ties_ptr=earlier_ties, kept_ptr=kept.view(torch.uint8))
+    with torch.cuda.device_of(entropy):
+        _keep_kernel[grid](**shared, earlier_ties_ptr=earlier_ties, kept_ptr=kept.view(torch.uint8))
     return kept

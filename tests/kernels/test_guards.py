@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,32 @@ def test_imports_point_one_way(path: Path):
             if isinstance(node, ast.ImportFrom)
             for alias in node.names
         }
+
+
+def launches(node: ast.AST, guarded: bool = False) -> list[tuple[str, bool]]:
+    """Kernels launched below a node, and whether each is so on the device of its tensors."""
+    found = []
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+        name = ast.unparse(node.func.value)
+        found += [(name, guarded)] if name.endswith("_kernel") else []
+    if isinstance(node, ast.With):
+        contexts = (ast.unparse(item.context_expr) for item in node.items)
+        guarded |= any(context.startswith("torch.cuda.device_of(") for context in contexts)
+    for child in ast.iter_child_nodes(node):
+        found += launches(child, guarded)
+    return found
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors():
+    """Triton launches on the current device, on its stream, wherever the tensors are."""
+    found = [x for path in PACKAGE.rglob("*.py") for x in launches(ast.parse(path.read_text()))]
+    defined = {
+        name
+        for path in PACKAGE.rglob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+    assert defined and defined == {name for name, _ in found}
+    assert [name for name, guarded in found if not guarded] == []
 
 
 def test_importing_the_package_brings_torch_alone():
