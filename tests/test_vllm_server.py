@@ -21,6 +21,10 @@ def test_log_probs_are_those_of_the_weights_sent_last(found):
     assert found["gap_theirs"] < TOLERANCE
 
 
+def test_a_weight_is_gathered_on_the_stream_that_sends_it(found):
+    assert found["in_advance"] == 0
+
+
 def test_stale_or_no_weights_are_refused(found):
     assert "the engine holds none" in found["before_push"]
     assert "asked for version 1, the engine holds version 0" in found["stale"]

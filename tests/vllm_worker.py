@@ -11,10 +11,12 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from prefix_rft import weights
 from prefix_rft.base_model import resolve_base
 from prefix_rft.config import ShardingConfig, UserError, VLLMConfig, load_config
 from prefix_rft.data_types import Completion, RolloutRequest
@@ -204,6 +206,7 @@ def server(found: dict, file: Path) -> None:
     policy = load_policy(config, base, vocab_size=len(tokenizer), world=World())
     ours, requests = make_rollout_engine(config, policy, tokenizer), make_requests(32)
     found["before_push"] = refused(generate, ours, requests)
+    found["in_advance"] = gathered_in_advance(ours._weights, policy)
 
     ours.update_weights(policy.model, 0)
     told = []
@@ -247,6 +250,13 @@ def server(found: dict, file: Path) -> None:
     theirs._url = theirs._transfer.client.base_url = "http://127.0.0.1:9"  # nothing listens there
     found["gone"] = refused(generate, theirs, requests, weights_version=1)
     found["gone_at_push"] = refused(theirs.update_weights, policy.model, 2)
+
+
+def gathered_in_advance(source, policy: Policy) -> int:
+    """How many weights of a push are gathered before they are asked for, at most."""
+    source.start(policy.model)
+    with patch.object(weights, "full_tensor", wraps=weights.full_tensor) as gather:
+        return max(gather.call_count - number for number, _ in enumerate(source, 1))
 
 
 def greedy_ids(completions: list[Completion]) -> list[tuple[int, ...]]:

@@ -77,10 +77,10 @@ class VLLMServerEngine:
         self._weights = _Weights(
             device=device,
             dtype=weight_dtype(autocast_dtype or model.dtype),
-            bucket_bytes=config.weight_bucket_mib * _MIB,
             vocab_size=vocab_size,
             unties=unties_weights(device),
         )
+        self._bucket_bytes = config.weight_bucket_mib * _MIB
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         limit = self._ask("v1/models")["data"][0]["max_model_len"]
         if limit != self._max_length:
@@ -114,7 +114,7 @@ class VLLMServerEngine:
             master_address=address,
             master_port=port,
             world_size=1 + self._ask("get_world_size")["world_size"],
-            packed_buffer_size_bytes=self._weights.bucket_bytes,
+            packed_buffer_size_bytes=self._bucket_bytes,
             rank=self._rank,
         )
         return WeightTransferTrainerFactory.trainer_init(
@@ -262,18 +262,20 @@ class _Shape(NamedTuple):
 
 
 class _Weights:
-    """A `WeightSource` of vLLM: the weights of a model, announced, then gathered, once a push."""
+    """A `WeightSource` of vLLM: the weights of a model, announced, then gathered, once a push.
+
+    Each is gathered when it is asked for: the sender fills its buffers on CUDA streams that take
+    turns, and none of them waits for what was gathered on another.
+    """
 
     def __init__(
         self,
         *,
         device: torch.device,
         dtype: torch.dtype,
-        bucket_bytes: int,
         vocab_size: int,
         unties: bool,
     ) -> None:
-        self.bucket_bytes = bucket_bytes
         self._device = device
         self._options = {"dtype": dtype, "vocab_size": vocab_size, "unties": unties}
         self._model: nn.Module | None = None
@@ -281,7 +283,9 @@ class _Weights:
 
     def start(self, model: nn.Module) -> None:
         self._model = model
-        self._weights = full_weights(model, bucket_bytes=self.bucket_bytes, **self._options)
+        self._weights = full_weights(model, bucket_bytes=0, **self._options)  # one by one
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the update may still be writing them
 
     def finish(self) -> None:
         """Gather what a failed push has left: the other ranks do."""
