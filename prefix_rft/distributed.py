@@ -56,16 +56,15 @@ class World:
                 f"sharding.replicas: expected a divisor of the {self.size} processes, "
                 f"got {sharding.replicas}"
             )
-        if self.size == 1 and not sharding.cpu_offload:
-            return
         if self.size > 1 and device.index is not None:
             raise ConfigError(
                 f"model.device: expected auto, cuda or cpu for {self.size} processes, got {device}"
             )
-        backend = "gloo"
-        if device.type == "cuda":
+        if device.type == "cuda":  # also one's own: vLLM's sender takes the current one
             torch.cuda.set_device(self.local_rank if device.index is None else device.index)
-            backend = "cpu:gloo,cuda:nccl"
+        if self.size == 1 and not sharding.cpu_offload:
+            return
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=sharding.timeout_s)
         if self.size == 1 and "MASTER_ADDR" not in os.environ:
             store = dist.HashStore()

@@ -11,6 +11,8 @@ import torch
 from prefix_rft.checkpoint import (
     CheckpointError,
     CheckpointWriter,
+    _rng_states,
+    _set_rng_states,
     list_checkpoints,
     load_model_weights,
 )
@@ -71,6 +73,22 @@ def test_generators_are_restored(saved: Path) -> None:
     torch.rand(5)
     trainer.restore(checkpoint)
     assert torch.equal(torch.rand(3), first)
+
+
+def test_a_machine_with_fewer_devices_takes_up_the_generators(monkeypatch) -> None:
+    generators = [torch.Generator() for _ in range(2)]  # in the place of two devices'
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    random = torch.cuda.random
+    monkeypatch.setattr(random, "_lazy_init", lambda: None)
+    monkeypatch.setattr(random, "_lazy_call", lambda function, **_: function())
+    monkeypatch.setattr(random, "current_device", lambda: 0)
+    monkeypatch.setattr(random, "device_count", lambda: len(generators))
+    states = _rng_states()
+    first = torch.rand(3, generator=generators[0])
+    del generators[1]
+    _set_rng_states(states)
+    assert torch.equal(torch.rand(3, generator=generators[0]), first)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

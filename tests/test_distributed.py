@@ -191,6 +191,14 @@ def test_a_checkpoint_goes_from_one_number_of_ranks_to_another(tmp_path, ranks) 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize(("name", "index"), [("cuda:1", 1), ("cuda", 0)])
+def test_one_process_computes_on_the_current_device(monkeypatch, name, index) -> None:
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    World(device=torch.device(name))
+    assert chosen == [index]
+
+
 def test_replicas_must_divide_the_processes(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="sharding.replicas: expected a divisor of the 3"):
