@@ -15,6 +15,8 @@ from .torch_backend import at, default_scratch, row_bytes, stats_dtype
 
 # Enough rows that reading and writing dW once a tile is small beside the tile's GEMMs.
 _TILE_ROWS = {"cpu": 448, "cuda": 2048}
+# Logits from row to row: on a device a multiple of what its GEMMs and loads take at a time.
+_ROW_MULTIPLES = {"cpu": 1, "cuda": 64}
 _COUNTING_DEVICES = ("cpu",)  # where the number of marked rows may be read
 
 
@@ -48,8 +50,12 @@ class Head:
 
     def new_tile(self) -> Tensor:
         """The buffer of all tiles of a call."""
-        num_rows = min(self.tile_rows, len(self.hidden))
-        return self.hidden.new_empty(num_rows, len(self.weight), dtype=self.dtype)
+        return self._new_rows(min(self.tile_rows, len(self.hidden)), self.dtype)
+
+    def _new_rows(self, num_rows: int, dtype: torch.dtype) -> Tensor:
+        num_classes = len(self.weight)
+        stride = row_stride(num_classes, self.hidden.device)
+        return self.hidden.new_empty(num_rows, stride, dtype=dtype)[:, :num_classes]
 
     def tiles(self, rows: Tensor, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Index vectors of the rows with their logits, in the buffer; softcap still to come.
@@ -99,7 +105,7 @@ class Head:
         rows: entropy, saved, dlog_probs, dentropy of the tile.
         """
         _, dtype = self.operand_dtypes
-        out = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
+        out = logits if logits.dtype == dtype else self._new_rows(len(logits), dtype)
         _backends.module(self.backend).row_grad(
             out, logits, self.targets[tile], at(self.temperature, tile), self.softcap, *rows,
             self.scratch_bytes,
@@ -170,6 +176,12 @@ def wanted_results(needs: Sequence[bool], dweight: Tensor | None) -> list[bool]:
     return [for_hidden, for_weight and dweight is None, *others]
 
 
+def row_stride(num_classes: int, device: torch.device) -> int:
+    """From a row of a tile to the next, in logits: a vocabulary may be of any size."""
+    multiple = _ROW_MULTIPLES.get(device.type, _ROW_MULTIPLES["cuda"])
+    return -(-num_classes // multiple) * multiple
+
+
 def make_head(
     hidden: Tensor,
     weight: Tensor,
@@ -192,7 +204,7 @@ def make_head(
         scratch = max(scratch, row_bytes(vocab_size, dtype))
     logit_bytes = dtype.itemsize + (0 if operands[1] == dtype else operands[1].itemsize)
     most = _TILE_ROWS.get(hidden.device.type, _TILE_ROWS["cuda"])
-    tile_rows = (workspace_bytes - scratch) // (vocab_size * logit_bytes)
+    tile_rows = (workspace_bytes - scratch) // (row_stride(vocab_size, hidden.device) * logit_bytes)
     return Head(
         hidden=hidden,
         weight=weight[:vocab_size],

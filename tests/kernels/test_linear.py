@@ -1,5 +1,7 @@
 """What only the ops from hidden states have: buffers, low-rank terms, 16-bit products, rows."""
 
+from functools import partial
+
 import pytest
 import torch
 from kernel_cases import assert_as_exact, gradients, loss_inputs, seeded
@@ -232,6 +234,34 @@ def test_operands_of_16_bits_are_as_exact_as_torch(mixed_gemms, dtype, selecting
     num_tiles = 2
     products = 6 if dtype == torch.bfloat16 else 2
     assert len(mixed_gemms) >= products * num_tiles and set(mixed_gemms) == {dtype}
+
+
+@PASSES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rows_of_a_device_begin_where_it_reads_vectors(
+    mixed_gemms, monkeypatch, backend, dtype, selecting
+):
+    """Tiles and their gradients are as far apart as CUDA wants, and nothing else is different."""
+    inputs = inputs_of(selecting, 40, 16, 301, dtype=dtype) | {"backend": backend}
+    options = {"workspace_bytes": 320 * 6 * 24, "vocab_size": 299}
+    inputs["targets"] = inputs["targets"].clamp(max=298)
+    expected = linear_prefix_rft_loss(**inputs, **options)
+    truth = gradients(expected.loss, inputs)
+    strides, product = [], {name: getattr(_gemm, name) for name in ("mm", "addmm")}
+
+    def seen(name, a, b, out):
+        strides.extend(x.stride(0) for x in (a, out) if x.shape[1] == 299)
+        product[name](a, b, out)
+
+    for name in product:
+        monkeypatch.setattr(_gemm, name, partial(seen, name))
+    monkeypatch.setitem(_head._ROW_MULTIPLES, "cpu", _head._ROW_MULTIPLES["cuda"])
+    found = linear_prefix_rft_loss(**inputs, **options)
+    torch.testing.assert_close(found.loss, expected.loss)
+    for x, y in zip(gradients(found.loss, inputs), truth, strict=True):
+        torch.testing.assert_close(x, y)
+    assert len(strides) >= 3 and set(strides) == {320}
 
 
 def test_operands_by_device():
