@@ -9,6 +9,7 @@ from rft_kernels import (
     PolicyConfig,
     _gemm,
     _head,
+    _passes,
     _tokens,
     linear_prefix_rft_loss,
     linear_token_stats,
@@ -262,6 +263,39 @@ def test_rows_of_a_device_begin_where_it_reads_vectors(
     for x, y in zip(gradients(found.loss, inputs), truth, strict=True):
         torch.testing.assert_close(x, y)
     assert len(strides) >= 3 and set(strides) == {320}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("num_active", [None, 30])
+def test_passes_on_a_device_read_no_value(monkeypatch, dtype, num_active):
+    """On meta tensors, which have none, as on CUDA: products of 16 bits, nothing counted."""
+
+    def addmm(total, a, b, *, out_dtype, out):
+        """Not every torch has it on meta tensors; a total that is not `out` would be copied."""
+        assert total is out and out.shape == (len(a), b.shape[1]) and a.shape[1] == len(b)
+        assert a.dtype == b.dtype and out_dtype == out.dtype
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(_gemm, "MIXED_DEVICES", ("cuda", "meta"))
+    empty = partial(torch.empty, device="meta")
+    hidden, weight = empty(50, 16 + 4, dtype=dtype), empty(320, 16, dtype=dtype)
+    up, bias = empty(320, 4, dtype=dtype), empty(320, dtype=dtype)
+    targets, floats, mask = empty(50, dtype=torch.int64), empty(50), empty(50, dtype=torch.bool)
+    active = None if num_active is None else empty(num_active, dtype=torch.int64)
+    head = _head.make_head(
+        hidden, weight, up, bias, targets, floats, 1.0, 3.0, 299, 320 * 6 * 24, "torch"
+    )
+    log_probs, entropy, saved = _passes.stats_pass(head, mask, active, only_active=True)
+    assert log_probs.shape == entropy.shape == floats.shape
+    shapes = [(50, 20), (320, 16), (320, 4), (320,)]
+    rows = (active, entropy, saved, floats, floats)
+    for into, wanted in ((None, shapes), (empty(320, 16), [shapes[0], (0,), *shapes[2:]])):
+        found = _passes.grad_pass(head, 320, *rows, [True] * 4, into)
+        assert [x.shape for x in found] == wanted
+    tokens = _tokens.Tokens(floats, mask, floats, mask, floats, floats)
+    found = _passes.policy_pass(head, 320, mask, mask, active, False, tokens, CONFIG, [True] * 4)
+    assert [x.shape for x in found] == [(50,), (50,), *shapes]
+    assert {x.dtype for x in found} == {torch.float32}
 
 
 def test_operands_by_device():
