@@ -136,13 +136,20 @@ def test_settings_that_cannot_be_are_refused(changes, message):
         make_engine(make_model(20), **changes)
 
 
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_a_device_that_vllm_would_not_take_is_refused(monkeypatch, rank):
+    """Also where torchrun started the one process."""
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(ConfigError, match="model.device: .* got cuda:1"):
+        make_engine(make_model(20), device=torch.device("cuda:1"))
+
+
 def test_models_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="model.dtype: vLLM has no float64"):
         make_engine(make_model(20).double())
     with pytest.raises(ValueError, match="eos_token_ids: expected an id below 20, got none"):
         make_engine(make_model(20), eos_token_ids=[20])
-    with pytest.raises(ConfigError, match="model.device: .* got cuda:1"):
-        make_engine(make_model(20), device=torch.device("cuda:1"))
 
 
 def make_engine(model, *, device=CPU, eos_token_ids=(1,), **config) -> VLLMEngine:

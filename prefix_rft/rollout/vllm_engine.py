@@ -77,7 +77,7 @@ class VLLMEngine:
         self._unties = unties_weights(device)
         if self._can_sleep and device.type != "cuda":
             raise ConfigError("vllm.sleep: expected false, only CUDA memory can be given up")
-        if device.index and "LOCAL_RANK" not in os.environ:
+        if device.index:  # never that of one among several processes
             raise ConfigError(
                 "model.device: vLLM takes the first visible device; choose it by "
                 f"CUDA_VISIBLE_DEVICES, got {device}"
