@@ -46,6 +46,9 @@ class Train:
         try:
             summary = train(self.overrides, resume=self.resume)
         except Stopped as stop:
+            if _is_main_rank():
+                name = signal.Signals(stop.signal).name
+                print(f"stopped by {name}; --resume continues from the last checkpoint")
             return 130 if stop.signal == signal.SIGINT else 0
         if _is_main_rank():
             _print_results(summary)

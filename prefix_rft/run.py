@@ -16,7 +16,7 @@ from prefix_rft.checkpoint import (
     list_checkpoints,
     load_model_weights,
 )
-from prefix_rft.config import Config, load_config, save_config
+from prefix_rft.config import Config, ConfigError, load_config, save_config
 from prefix_rft.data import load_problems
 from prefix_rft.distributed import World
 from prefix_rft.evaluate import answer, summarize
@@ -25,14 +25,16 @@ from prefix_rft.loading import (
     export,
     host_config,
     load_model,
+    load_model_config,
     load_policy,
     load_tokenizer,
     resolve_device,
 )
 from prefix_rft.measures import LogProbGapError
 from prefix_rft.metrics import MetricsLogger, NoLogger
+from prefix_rft.packages import require_packages
 from prefix_rft.reward import Rewarder, RewardError
-from prefix_rft.rollout import EngineError, make_engine
+from prefix_rft.rollout import EngineError, make_engine, max_sequence_length
 from prefix_rft.rollout.serving import serving
 from prefix_rft.trainer import Trainer
 from prefix_rft.view.report import write_report
@@ -64,7 +66,10 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
     run_dir = config.run_dir
     summary, checkpoints = world.from_main(lambda: _open_run(config, resume))
     if "trained" in summary:
+        if world.is_main:
+            print(f"{run_dir} is finished, nothing is left to do")
         return summary
+    require_packages(config)
 
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt(world))
@@ -73,6 +78,9 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
         base = world.from_main(lambda: base)
         with interrupt.abandonable() if world.size == 1 else nullcontext():
             setup = stack.enter_context(Setup(config, base, world))
+            trainer = setup.trainer()
+        if not checkpoints:
+            world.from_main(lambda: save_config(config, run_dir / CONFIG_FILE))
         logger = stack.enter_context(
             MetricsLogger(
                 run_dir,
@@ -90,10 +98,10 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
             summary = {"base": setup.evaluate(interrupt, version=0)}
             if world.is_main:
                 _write_summary(run_dir, summary)
-        trainer = setup.trainer()
         if checkpoints:
             logger.message(f"resuming from {checkpoints[-1]}")
             trainer.restore(checkpoints[-1])
+            world.from_main(lambda: save_config(config, run_dir / CONFIG_FILE))
         else:
             logger.log(0, _eval_metrics(summary["base"]), kind="eval")
         _loop(config, setup, trainer, logger, interrupt)
@@ -109,15 +117,24 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
 
 
 def _open_run(config: Config, resume: bool) -> tuple[dict, list[Path]]:
-    """The summary so far and the checkpoints to continue from; the folder, with its config."""
-    run_dir = config.run_dir
+    """The summary so far and the checkpoints to continue from; makes the folder."""
+    run_dir, num_steps = config.run_dir, config.trainer.num_steps
     summary = _read_summary(run_dir) if resume else {}
     checkpoints = list_checkpoints(run_dir) if resume else []
-    is_finished = checkpoint_dir(run_dir, config.trainer.num_steps) in checkpoints
-    if "trained" in summary and is_finished:
+    if checkpoints and checkpoint_step(checkpoints[-1]) > num_steps:
+        done = checkpoint_step(checkpoints[-1])
+        raise ConfigError(
+            f"trainer.num_steps: expected at least the {done} steps done in {run_dir}, "
+            f"got {num_steps}"
+        )
+    if "trained" in summary and checkpoint_dir(run_dir, num_steps) in checkpoints:
         return summary, checkpoints
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / CONFIG_FILE)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: expected a folder that can be written, got {run_dir} ({error.strerror})"
+        ) from error
     return {name: summary[name] for name in summary if name != "trained"}, checkpoints
 
 
@@ -141,9 +158,9 @@ def export_checkpoint(run_dir: Path, step: int | None, folder: Path) -> None:
     """
     checkpoints = {checkpoint_step(path): path for path in list_checkpoints(run_dir)}
     if not checkpoints or (step is not None and step not in checkpoints):
+        wanted = "any step" if step is None else f"step {step}"
         raise CheckpointError(
-            f"{run_dir}: expected a checkpoint of step {'any' if step is None else step}, "
-            f"got {sorted(checkpoints) or 'none'}"
+            f"{run_dir}: expected a checkpoint of {wanted}, got {sorted(checkpoints) or 'none'}"
         )
     config = load_config(run_dir / CONFIG_FILE)
     base = resolve_base(config)
@@ -158,6 +175,7 @@ class Setup:
     def __init__(self, config: Config, model_path: Path | str, world: World) -> None:
         self.config = config
         self.world = world
+        _check_length(config, model_path)
         self.tokenizer = load_tokenizer(model_path, config.model.chat_template)
         self.data = load_problems(config, self.tokenizer)
         self.policy = load_policy(config, model_path, vocab_size=len(self.tokenizer), world=world)
@@ -199,6 +217,18 @@ class Setup:
                 seed=self.config.seed * self.world.size + self.world.rank,
             )
         return summarize(self.world.merge(answers))
+
+
+def _check_length(config: Config, model_path: Path | str) -> None:
+    text_config = load_model_config(config.model, model_path).get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None)
+    longest = max_sequence_length(config)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            "rollout.max_response_length: expected, with data.max_prompt_tokens "
+            f"{config.data.max_prompt_tokens}, at most the {limit} tokens that the model can take, "
+            f"got {longest} for both (model.max_position_embeddings overrides the model's limit)"
+        )
 
 
 def _loop(

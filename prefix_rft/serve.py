@@ -1,17 +1,17 @@
 """The server of vLLM behind `rollout.engine = "vllm_server"`."""
 
 import os
+import socket
 import sys
 
-import torch
-
 from prefix_rft.base_model import resolve_base
-from prefix_rft.config import Config
+from prefix_rft.config import Config, ConfigError
 from prefix_rft.loading import (
     load_model_config,
     load_tokenizer,
     resolve_autocast_dtype,
     resolve_device,
+    resolve_weight_dtypes,
 )
 from prefix_rft.rollout import max_sequence_length
 from prefix_rft.rollout.vllm_options import (
@@ -31,9 +31,10 @@ def serve(config: Config, *, host: str, port: int) -> None:
     """Replace this process by the server; it holds no weights before a trainer sends them.
 
     Raises:
-        ConfigError: vLLM is not installed, or cannot run the model as asked.
+        ConfigError: vLLM is not installed, cannot run the model as asked, or the port is taken.
     """
     import_vllm()
+    _check_port(host, port)
     base, device = resolve_base(config), resolve_device(config.model)
     model_config = load_model_config(config.model, base)
     folder = config.run_dir / ENGINE_FOLDER
@@ -43,7 +44,7 @@ def serve(config: Config, *, host: str, port: int) -> None:
         vocab_size=len(load_tokenizer(base)),
         unties=unties_weights(device),
     )
-    trained = torch.float64 if config.model.dtype == "float64" else torch.float32
+    trained, _ = resolve_weight_dtypes(config.model)
     options = engine_options(
         config.vllm,
         device=device,
@@ -68,6 +69,16 @@ def serve(config: Config, *, host: str, port: int) -> None:
     command = [sys.executable, "-m", _SERVER, "--model", str(folder)]
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the routes that take weights
     os.execve(sys.executable, [*command, *_flags(options)], environment)
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"port: expected a free one at {host}, got {port} ({error.strerror})"
+        ) from error
 
 
 def _flags(options: dict[str, object]) -> list[str]:

@@ -18,7 +18,7 @@ from prefix_rft.loading import export, host_config, load_model, resolve_weight_d
 from prefix_rft.lora import is_adapter
 from prefix_rft.model import Policy
 from prefix_rft.run import Setup, export_checkpoint, train
-from prefix_rft.weights import full_weights
+from prefix_rft.weights import full_weights, weight_shapes
 from tests.rank_worker import given
 from tests.test_distributed import output_of, step_on_ranks, train_on_ranks
 from tests.test_model import VOCAB, make_batch
@@ -96,6 +96,20 @@ def test_gradients_are_the_chain_rule_on_those_of_the_merged_weights(saved, tmp_
         assert weight.grad.abs().max() > 0
         torch.testing.assert_close(up.grad, 2.0 * weight.grad @ down.T)
         torch.testing.assert_close(down.grad, 2.0 * up.T @ weight.grad)
+
+
+@pytest.mark.parametrize("unties", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_shapes_announce_the_weights_that_come(make_model, tmp_path, tied, unties) -> None:
+    make_model(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    model = adapted(tmp_path / "base")
+    options = {"dtype": torch.bfloat16, "vocab_size": VOCAB, "unties": unties}
+    announced = weight_shapes(model, **options)
+    come = full_weights(model, bucket_bytes=10**4, **options)
+    assert announced == [(name, weight.dtype, tuple(weight.shape)) for name, weight in come]
+    shapes = {name: shape for name, _, shape in announced}
+    assert shapes["model.embed_tokens.weight"][0] == VOCAB
+    assert ("lm_head.weight" in shapes) == (unties or not tied)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from prefix_rft import packages
 from prefix_rft.checkpoint import CheckpointError
-from prefix_rft.config import Config, UserError, save_config
+from prefix_rft.config import Config, ConfigError, UserError, load_config, save_config
 from prefix_rft.run import evaluate_model, export_checkpoint, train
 from tests.tiny import make_run
 
@@ -123,3 +124,46 @@ def test_an_empty_dataset_is_one_clear_error(config) -> None:
     Path(config.data.path).write_text("")
     with pytest.raises(UserError, match="data.jsonl"):
         train(config)
+
+
+def test_a_refused_run_leaves_the_folder_as_it_was(config, tmp_path: Path, capsys) -> None:
+    train(config)
+    before = (config.run_dir / "config.toml").read_text()
+    more = replace(config, trainer=replace(config.trainer, num_steps=6))
+    nowhere = replace(more, model=replace(config.model, path=str(tmp_path / "none")))
+    with pytest.raises(ConfigError, match=r"model\.path: "):
+        train(nowhere, resume=True)
+    fewer = replace(config, trainer=replace(config.trainer, num_steps=3))
+    with pytest.raises(ConfigError, match=r"num_steps: expected at least the 4 steps .* got 3"):
+        train(fewer, resume=True)
+    assert (config.run_dir / "config.toml").read_text() == before
+    train(config, resume=True)
+    assert "is finished" in capsys.readouterr().out
+    train(more, resume=True)
+    assert load_config(config.run_dir / "config.toml") == more
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        ("rollout", "engine", "vllm", r"rollout\.engine: vllm is not installed; .*\[vllm\]"),
+        ("model", "lora_rank", 4, r"model\.lora_rank: peft is not installed; .*\[lora\]"),
+        ("optimizer", "name", "adamw_8bit", r"optimizer\.name: torchao .*\[low-memory\]"),
+        ("log", "wandb_project", "x", r"log\.wandb_project: wandb is not installed; .*\[wandb\]"),
+        ("rollout", "max_response_length", 40_000, "expected, .* at most the 32768 .* got 40032"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_work(
+    config, monkeypatch, section, field, value, message
+) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    section_of = replace(getattr(config, section), **{field: value})
+    with pytest.raises(ConfigError, match=message):
+        train(replace(config, **{section: section_of}))
+    assert list(config.run_dir.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="output_dir: expected a folder .* got .*/file"):
+        train(replace(config, output_dir=str(tmp_path / "file")))

@@ -10,6 +10,7 @@ from prefix_rft.config import Config, UserError
 from prefix_rft.data_types import Completion, RolloutRequest
 from prefix_rft.loading import eos_token_ids, resolve_autocast_dtype
 from prefix_rft.model import Policy
+from prefix_rft.rollout.vllm_options import import_vllm
 
 OnDone = Callable[[int, Completion], None]
 
@@ -74,6 +75,7 @@ def make_engine(
         "max_batch_sequences": config.rollout.max_batch_sequences,
     }
     if config.rollout.engine != "transformers":
+        import_vllm()  # which brings what its server is asked by
         if config.rollout.engine == "vllm":
             from prefix_rft.rollout.vllm_engine import VLLMEngine as Engine
         else:

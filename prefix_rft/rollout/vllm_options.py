@@ -27,8 +27,8 @@ def import_vllm() -> ModuleType:
     """
     if find_spec("vllm") is None:
         raise ConfigError(
-            "rollout.engine: vllm is not installed; pip install 'prefix-rft[vllm]', "
-            "or choose transformers"
+            "vllm is not installed, which serve and two of rollout.engine need; "
+            "pip install 'prefix-rft[vllm]'"
         )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -105,7 +105,7 @@ def write_model_config(
     text_values = values.get("text_config", values)
     text_values["vocab_size"] = vocab_size
     # The head's GEMM writes float32, as the trainer's does: bfloat16 logits cost 0.03 in log-prob.
-    text_values["head_dtype"] = "float32"
+    values["head_dtype"] = text_values["head_dtype"] = "float32"
     if unties:
         values["tie_word_embeddings"] = text_values["tie_word_embeddings"] = False
     values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]

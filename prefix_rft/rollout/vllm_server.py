@@ -141,7 +141,9 @@ class VLLMServerEngine:
         try:
             self._transfer.send_weights()
         except (RequestException, RuntimeError) as error:  # of HTTP, of NCCL and gloo
-            raise EngineError(f"vLLM at {self._url} did not take the weights: {error}") from error
+            raise EngineError(
+                f"vLLM at {self._url} did not take the weights: {_first_line(error)}"
+            ) from error
         if self._rank == 0:
             if not self._ask("reset_prefix_cache", {})["success"]:
                 raise EngineError(f"{self._url} kept its prefix cache: others generate there")
@@ -210,7 +212,9 @@ class VLLMServerEngine:
                     answer = await client.post("/inference/v1/generate", json=body)
                     answer.raise_for_status()
                 except httpx.HTTPError as error:
-                    raise EngineError(f"vLLM at {self._url} does not generate: {error}") from error
+                    raise EngineError(
+                        f"vLLM at {self._url} does not generate: {_first_line(error)}"
+                    ) from error
                 completion = self._completion(answer.json()["choices"][0])
                 if on_done is not None:
                     on_done(index, completion)
@@ -251,7 +255,7 @@ class VLLMServerEngine:
         except (httpx.HTTPError, ValueError) as error:
             raise EngineError(
                 f"vllm.server_url: expected a server started by prefix-rft serve at {self._url}, "
-                f"got {error!r} from {path}"
+                f"got from {path}: {_first_line(error)}"
             ) from error
 
 
@@ -297,6 +301,10 @@ class _Weights:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, weight.to(self._device)) for name, weight in self._weights)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _from_all(item: T) -> list[T]:

@@ -212,11 +212,12 @@ def _engine(config: Config, s: Shapes, place: Place, *, is_sharded: bool) -> lis
         return _own_engine(s, is_sharded=is_sharded)
     largest = max(weight.numel for weight in s.weights) * s.compute_bytes
     is_far = config.rollout.engine == "vllm_server"
+    bucket = max(config.vllm.weight_bucket_mib * 2**20, largest)
     pushed = MemoryTerm(
         name="weights, on their way to the engine",
-        num_bytes=max(config.vllm.weight_bucket_mib * 2**20, largest) * (3 if is_far else 1),
+        num_bytes=2 * bucket + largest if is_far else bucket,
         formula="vllm.weight_bucket_mib, or the largest weight"
-        + (" x 3: as gathered, and in two buffers that are sent" if is_far else ""),
+        + (", in two buffers; and the largest weight" if is_far else ""),
         phase="host" if config.sharding.cpu_offload and not is_far else "rollout",
     )
     return [pushed] if is_far else [_vllm(config, s, place), pushed]
