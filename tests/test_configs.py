@@ -33,8 +33,6 @@ def promised(name: str) -> tuple[int, int]:
 def misfits(arguments: list[str], num_processes: int, gib: float) -> tuple[list[str], int]:
     """Why a run does not fit, and the host memory that it takes."""
     config = parse(["doctor", *arguments]).overrides
-    if config.model.lora_rank is not None:
-        pytest.importorskip("peft")
     place = Place(
         device=torch.device("cuda"), device_bytes=int(gib * 2**30), num_processes=num_processes
     )

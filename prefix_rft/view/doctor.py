@@ -11,14 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from prefix_rft.config import Config, ConfigError
-from prefix_rft.loading import resolve_autocast_dtype, resolve_device
+from prefix_rft.loading import resolve_autocast_dtype, resolve_device, resolve_weight_dtypes
 from prefix_rft.view.memory import UNCOUNTED_SHARE, memory_terms, peak_bytes, shortfalls
 from prefix_rft.view.shapes import Place, shapes_of
 
 MODULES = ("torch", "triton", "transformers", "datasets", "math_verify")
 # module -> (extra, what a run does with it)
 EXTRAS = {
-    "vllm": ("vllm", "serves rollout.engine vllm"),
+    "vllm": ("vllm", "serves rollout.engine vllm and vllm_server"),
     "flash_attn": ("flash-attn", "attention of packed rows on CUDA, without padding"),
     "liger_kernel": ("liger", "serves model.liger"),
     "peft": ("lora", "serves model.lora_rank"),
@@ -36,7 +36,7 @@ def print_diagnosis(config: Config) -> None:
     device = resolve_device(config.model)
     _print("Versions", ("package", "version", "note"), version_rows())
     _print("Devices", ("device", "memory", "note"), device_rows())
-    _print("A run uses", ("part", "choice", "because"), choice_rows(config, device))
+    _print("A run on this machine uses", ("part", "choice", "because"), choice_rows(config, device))
 
 
 def print_memory(config: Config, *, num_processes: int, device_gib: float | None) -> None:
@@ -73,7 +73,8 @@ def print_memory(config: Config, *, num_processes: int, device_gib: float | None
     for phase in ("update", "rollout", "host"):
         formula = "host memory" if phase == "host" else f"always + {phase}"
         rows.append(("sum", phase, _size(peak_bytes(terms, phase)), formula))
-    title = f"Memory of {config.name}, one process of {num_processes} ({shapes.source})"
+    plan = f"planned for {place.device} and {_compute_dtype(config, place.device)}"
+    title = f"Memory of {config.name}, {plan}, one process of {num_processes} ({shapes.source})"
     _print(title, ("term", "when", "estimate", "formula"), rows)
     room = f"{_size(place.device_bytes)}, of which {UNCOUNTED_SHARE:.0%} are kept for what no term"
     reasons = shortfalls(config, shapes, place, terms)
@@ -120,20 +121,36 @@ def choice_rows(config: Config, device: torch.device) -> list[tuple[str, str, st
     """(part, choice, because) of what the `auto` fields of `config` come to on `device`."""
     asked = config.model.device
     rows = [("device", str(device), "the best one here" if asked == "auto" else "model.device")]
-    autocast = resolve_autocast_dtype(config.model)
-    compute = str(autocast or config.model.dtype).removeprefix("torch.")
     weights = "float64" if config.model.dtype == "float64" else "float32"
     rows.append(
         (
             "dtype",
-            "float32" if compute == "auto" else compute,
+            _compute_dtype(config, device),
             f"of the forward; weights and optimizer state are {weights}",
         )
     )
     rows.append(("kernels", *_kernel_choice(device)))
     rows.append(("attention", *_attention_choice(config, device)))
-    rows.append(("rollouts", config.rollout.engine, "rollout.engine"))
+    engine = config.rollout.engine
+    needs_vllm = engine.startswith("vllm")
+    why = _why_needed("rollout.engine", "vllm") if needs_vllm else "rollout.engine"
+    rows.append(("rollouts", engine, why))
+    if (rank := config.model.lora_rank) is not None:
+        rows.append(("adapters", f"rank {rank}", _why_needed("model.lora_rank", "peft")))
     return rows
+
+
+def _compute_dtype(config: Config, device: torch.device) -> str:
+    """Of the forward on `device`."""
+    _, trained = resolve_weight_dtypes(config.model, device)
+    return str(resolve_autocast_dtype(config.model, device) or trained).removeprefix("torch.")
+
+
+def _why_needed(key: str, module: str) -> str:
+    """The key that asks for `module`, and how to install it where it is missing."""
+    if find_spec(module) is not None:
+        return key
+    return f"{key}; but {module} is not installed: pip install 'prefix-rft[{EXTRAS[module][0]}]'"
 
 
 def _kernel_choice(device: torch.device) -> tuple[str, str]:

@@ -4,11 +4,17 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from prefix_rft.config import Config, ConfigError
 from prefix_rft.loading import resolve_autocast_dtype, resolve_weight_dtypes
-from prefix_rft.lora import add_adapters
 from prefix_rft.view.architectures import SIZES
 
 
@@ -67,23 +73,24 @@ def shapes_of(config: Config, place: Place) -> Shapes:
     """The shapes of a run of `config`.
 
     Raises:
-        ConfigError: the sizes of the model cannot be read, or adapters need a package.
+        ConfigError: the sizes of the model cannot be read, or it has no layers for adapters.
     """
     model_config, source = _model_config(config)
     loaded, trained = resolve_weight_dtypes(config.model, place.device)
     compute = resolve_autocast_dtype(config.model, place.device) or trained
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=loaded)
-        if config.model.lora_rank is not None:
-            rank, alpha = config.model.lora_rank, config.model.lora_alpha
-            add_adapters(model, rank=rank, alpha=alpha, dtype=trained, seed=config.seed)
+    adapters: tuple[Weight, ...] = ()
+    if config.model.lora_rank is not None:
+        model.requires_grad_(False)
+        adapters = _adapters(model, config.model.lora_rank, trained)
     text = model_config.get_text_config()
     heads = text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     length = config.data.max_prompt_tokens + config.rollout.max_response_length
     is_sharded = place.num_processes > 1 or config.sharding.cpu_offload
     return Shapes(
-        weights=_weights(model),
+        weights=_weights(model) + adapters,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         query=heads * head_size,
@@ -103,15 +110,13 @@ def shapes_of(config: Config, place: Place) -> Shapes:
     )
 
 
-def _weights(model: torch.nn.Module) -> tuple[Weight, ...]:
-    layers = f"{model.base_model_prefix}.layers."
+def _weights(model: PreTrainedModel) -> tuple[Weight, ...]:
     head = model.get_output_embeddings().weight
     is_tied = head is model.get_input_embeddings().weight
 
     def group(name: str, weight: torch.Tensor) -> str:
-        if name.startswith(layers):
-            return name.removeprefix(layers).split(".")[0]
-        return "lm_head" if weight is head and not is_tied else "root"
+        outside = "lm_head" if weight is head and not is_tied else "root"
+        return _layer(model, name) or outside
 
     return tuple(
         Weight(
@@ -122,6 +127,30 @@ def _weights(model: torch.nn.Module) -> tuple[Weight, ...]:
         )
         for name, weight in model.named_parameters()
     )
+
+
+def _adapters(model: PreTrainedModel, rank: int, dtype: torch.dtype) -> tuple[Weight, ...]:
+    """A and B of each layer that `lora.add_adapters` adapts; their sizes do not need peft."""
+    body = set(model.get_decoder().layers.modules())
+    linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m in body}
+    if not linear:
+        raise ConfigError(f"model.lora_rank: {type(model).__name__} has no linear layers to adapt")
+    return tuple(
+        Weight(
+            group=_layer(model, name) or "root",
+            shape=shape,
+            itemsize=dtype.itemsize,
+            is_trained=True,
+        )
+        for name, layer in linear.items()
+        for shape in ((rank, layer.in_features), (layer.out_features, rank))
+    )
+
+
+def _layer(model: PreTrainedModel, name: str) -> str | None:
+    """The number of the decoder layer in which a parameter or module is; None: in none."""
+    layers = f"{model.base_model_prefix}.layers."
+    return name.removeprefix(layers).split(".")[0] if name.startswith(layers) else None
 
 
 def _model_config(config: Config) -> tuple[PreTrainedConfig, str]:
