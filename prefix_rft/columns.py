@@ -139,13 +139,16 @@ KNOWN_MAPS = (
 )
 
 
-def find_map(found: Sequence[str], columns: Mapping[str, str], *, key: str) -> ColumnMap:
+def find_map(
+    found: Sequence[str], columns: Mapping[str, str], *, key: str, source: str = "data.path"
+) -> ColumnMap:
     """The layout of a dataset with the columns `found`.
 
     Args:
         found: the dataset's column names.
         columns: prompt, answer and perhaps demonstration -> column; empty: the layout is detected.
         key: the configuration key that `columns` came from, for messages.
+        source: the configuration key that the dataset came from, and its value, for messages.
 
     Raises:
         DataError: a named column is missing, or no known layout fits.
@@ -153,7 +156,9 @@ def find_map(found: Sequence[str], columns: Mapping[str, str], *, key: str) -> C
     if columns:
         missing = [c for c in columns.values() if c not in found and c.split(".")[0] not in found]
         if missing:
-            raise DataError(f"{key}: no column {missing}; the dataset has {sorted(found)}")
+            raise DataError(
+                f"{key}: no column {missing}; the dataset ({source}) has {sorted(found)}"
+            )
         read = read_named(columns["prompt"], columns["answer"], columns.get("demonstration"))
         return ColumnMap(name=key, needs=tuple(columns.values()), read=read)
     for known in KNOWN_MAPS:
@@ -161,6 +166,6 @@ def find_map(found: Sequence[str], columns: Mapping[str, str], *, key: str) -> C
             return known
     layouts = "; ".join(f"{known.name}: {', '.join(known.needs)}" for known in KNOWN_MAPS)
     raise DataError(
-        f"no known layout fits the columns {sorted(found)}; name them in {key}, "
+        f"{source}: no known layout fits the columns {sorted(found)}; name them in {key}, "
         f"or use one of: {layouts}"
     )

@@ -62,7 +62,7 @@ def load_problems(config: Config, tokenizer: PreTrainedTokenizerBase) -> LoadedP
         rows = load_rows(data.path, data.split)
     train = tokenized(rows, source=data.path)
     if data.eval_path is not None:
-        rows = load_rows(data.eval_path, data.eval_split)
+        rows = load_rows(data.eval_path, data.eval_split, key="data.eval_path")
         held_out = tokenized(rows, source=data.eval_path, held_out=True)
         count = min(data.num_eval, len(held_out))
         held_out = [held_out[i * len(held_out) // count] for i in range(count)]
@@ -98,20 +98,21 @@ def problems_from_rows(
         max_response_length: of a rollout, in tokens; a demonstration must leave one token of it.
         check_answers: drop rows whose gold answer the math grader cannot parse.
         held_out: rows for evaluation: `eval_columns` count, and demonstrations are not read.
-        source: how the report calls the rows.
+        source: how the report and messages call the rows.
 
     Raises:
         DataError: no rows, unknown columns, no usable row, a tokenizer without a template, or, with
             `data.strict`, any finding.
     """
     rows = rows if isinstance(rows, datasets.Dataset) else list(rows)
+    place = f"{'data.eval_path' if held_out else 'data.path'}: {source}"
     if len(rows) == 0:
-        raise DataError(f"{source}: no rows")
+        raise DataError(f"{place}: no rows")
     if tokenizer.chat_template is None:
         raise DataError("the tokenizer has no chat template; give one in model.chat_template")
     names = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0])
     key = "eval_columns" if held_out else "columns"
-    layout = find_map(names, getattr(config, key), key=f"data.{key}")
+    layout = find_map(names, getattr(config, key), key=f"data.{key}", source=place)
 
     findings = Findings()
     drafts = []
@@ -147,7 +148,7 @@ def problems_from_rows(
         findings=findings.listed(),
     )
     if not problems:
-        raise DataError(f"no usable row\n{report}")
+        raise DataError(f"{place}: no usable row\n{report}")
     if config.strict and report.findings:
         raise DataError(f"refused because of data.strict\n{report}")
     return problems, report

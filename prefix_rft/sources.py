@@ -12,27 +12,28 @@ _FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 _SUFFIXES = ", ".join(_FILE_FORMATS)
 
 
-def load_rows(path: str, split: str) -> datasets.Dataset:
+def load_rows(path: str, split: str, *, key: str = "data.path") -> datasets.Dataset:
     """The rows of a parquet, json or jsonl file, of a folder of them, or of a dataset on the hub.
 
     Args:
         path: file, folder, or hub id, which may name a configuration: `openai/gsm8k:main`.
         split: of a hub dataset, or of a folder, where files are named after it; a file has one.
+        key: the configuration key that `path` came from, for messages.
 
     Raises:
         DataError: nothing there, not readable, no such split, or no rows.
     """
     local = Path(path).expanduser()
     if local.is_dir() or local.is_file():
-        files = _files_of_split(local, split) if local.is_dir() else [local]
+        files = _files_of_split(local, split, key) if local.is_dir() else [local]
         formats = {_FILE_FORMATS.get(file.suffix) for file in files}
         if len(formats) != 1 or None in formats:
             names = [file.name for file in files[:10]]
-            raise DataError(f"{path}: expected files of one of {_SUFFIXES}, got {names}")
+            raise DataError(f"{key}: {path}: expected files of one of {_SUFFIXES}, got {names}")
         request = {"path": formats.pop(), "data_files": [str(file) for file in files]}
         request["split"] = "train"  # what `datasets` calls the rows of plain files
     elif local.suffix in _FILE_FORMATS or path.startswith((".", "/", "~")):
-        raise DataError(f"{path}: no such file or folder")
+        raise DataError(f"{key}: {path}: no such file or folder")
     else:
         hub_id, _, configuration = path.partition(":")
         request = {"path": hub_id, "name": configuration or None, "split": split}
@@ -40,13 +41,13 @@ def load_rows(path: str, split: str) -> datasets.Dataset:
         rows = datasets.load_dataset(**request)
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
         reason = str(error.__cause__ or error) or "no rows"
-        raise DataError(f"{path}: cannot load: {reason}") from error
+        raise DataError(f"{key}: {path}: cannot load: {reason}") from error
     if len(rows) == 0:
-        raise DataError(f"{path}: cannot load: no rows")
+        raise DataError(f"{key}: {path}: cannot load: no rows")
     return rows
 
 
-def _files_of_split(folder: Path, split: str) -> list[Path]:
+def _files_of_split(folder: Path, split: str, key: str) -> list[Path]:
     """Files that the split names, as in train-00000-of-00010.parquet, or in a folder so named.
 
     `datasets` would go by the whole path, and take a folder below `/data/test` for test data.
@@ -59,5 +60,5 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     ]
     if not found:
         names = [str(file.relative_to(folder)) for file in files[:10]]
-        raise DataError(f"{folder}: no {_SUFFIXES} file of split {split!r}; it has {names}")
+        raise DataError(f"{key}: {folder}: no {_SUFFIXES} file of split {split!r}; it has {names}")
     return found

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections import Counter
 
 import datasets
@@ -170,6 +171,7 @@ def test_columns_that_are_not_there():
         find_map(["text", "label"], {}, key="data.columns")
     for part in ("['label', 'text']", "data.columns", "GSM8K: question, answer", "flat: prompt"):
         assert part in str(caught.value)
+    assert str(caught.value).startswith("data.path: no known layout fits")
     with pytest.raises(ConfigError, match=r"data\.columns: expected the keys prompt, answer"):
         DataConfig(columns={"prompt": "q"})
     with pytest.raises(ConfigError, match=r"data\.eval_columns: expected none"):
@@ -421,3 +423,24 @@ def test_batch_indices_refuses_nonsense():
     ):
         with pytest.raises(ValueError, match=f"{name}.*: expected at least"):
             batch_indices(*arguments, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file or folder"),
+        ({"q": "1"}, r"no known layout fits the columns \['q'\]; name them in data.{}columns"),
+        ({"prompt": "q", "answer": ""}, "no usable row"),
+    ],
+)
+def test_errors_name_the_file_and_the_argument_that_gave_it(tmp_path, tokenizer, content, message):
+    good, bad = write_jsonl(tmp_path / "good.jsonl", flat(3)), str(tmp_path / "bad.jsonl")
+    if content is not None:
+        write_jsonl(tmp_path / "bad.jsonl", [content])
+    for key, paths in (
+        ("", {"path": bad}),
+        ("eval_", {"path": good, "eval_path": bad, "num_eval": 1}),
+    ):
+        expected = rf"data\.{key}path: {re.escape(bad)}: {message.format(key)}"
+        with pytest.raises(DataError, match=expected):
+            load_problems(config_from_dict({"data": paths}), tokenizer)

@@ -70,7 +70,11 @@ def test_files_that_cannot_be_loaded(tmp_path, name, content, message):
         path.write_text(content)
     with pytest.raises(DataError, match=message) as caught:
         load_rows(str(path), "train")
-    assert str(path) in str(caught.value) and isinstance(caught.value, UserError)
+    assert str(caught.value).startswith(f"data.path: {path}: ")
+    assert isinstance(caught.value, UserError)
+    with pytest.raises(DataError) as caught:
+        load_rows(str(path), "train", key="data.eval_path")
+    assert str(caught.value).startswith(f"data.eval_path: {path}: ")
 
 
 def test_an_empty_parquet_file_and_an_empty_folder(tmp_path):
@@ -79,7 +83,9 @@ def test_an_empty_parquet_file_and_an_empty_folder(tmp_path):
     with pytest.raises(DataError, match="no rows|no data"):
         load_rows(str(path), "train")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no .* file of split 'train'; it has \\[\\]"):
+    with pytest.raises(
+        DataError, match="data.path: .*: no .* file of split 'train'; it has \\[\\]"
+    ):
         load_rows(str(tmp_path / "empty"), "train")
 
 
@@ -104,5 +110,5 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
         raise ConnectionError("the hub is offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match="a/b: cannot load: the hub is offline"):
+    with pytest.raises(DataError, match="data.path: a/b: cannot load: the hub is offline"):
         load_rows("a/b", "train")
