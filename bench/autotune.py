@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from bench.device import Bench
+from bench.harness import require_triton
 
 NARROW = 4096
 WIDTHS = {NARROW: (1024, 4096), None: (32000, 151936, 262144)}  # None: wider than any other
@@ -35,6 +36,7 @@ def candidates(*, itemsize: int, smoke: bool) -> list[tuple[int, int, int, int]]
 
 
 def main() -> None:
+    require_triton("bench.autotune")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # a smoke run; before triton is imported
     bench = Bench(

@@ -15,10 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.errors import TritonError
 
 from bench.green import require_green
-from bench.harness import MIB, interleaved_ms, machine, spread, write_csv, write_rows
+from bench.harness import (
+    MIB,
+    interleaved_ms,
+    machine,
+    require_triton,
+    spread,
+    write_csv,
+    write_rows,
+)
+
+try:
+    from triton.errors import TritonError
+except ModuleNotFoundError:  # nothing raises it then; on a CPU most benchmarks can do without
+    TritonError = RuntimeError
 
 # The shapes that matter most come first: a budget that runs out leaves out the others.
 SHAPES = [(8192, 151936), (2048, 151936), (32768, 151936), (8192, 128256), (8192, 32000)]
@@ -55,6 +67,8 @@ class Bench:
         torch.set_num_threads(options.threads)
         self.smoke, self.out = options.smoke, options.out
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cuda":  # without it, torch would be timed as ours
+            require_triton("a benchmark on CUDA")
         if not options.tests_green:
             require_green([smoke_test] if self.smoke else tests)
         self._end = time.monotonic() + options.budget_s

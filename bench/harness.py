@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -66,6 +67,13 @@ def in_fresh_process(module: str, arguments: list[str]) -> Any:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def require_triton(name: str) -> None:
+    """Ends the program with status 2 where triton, which benchmark `name` is about, is missing."""
+    if find_spec("triton") is None:
+        print(f"error: {name} needs triton; pip install 'prefix-rft[test]'", file=sys.stderr)
+        sys.exit(2)
 
 
 def machine() -> dict[str, str]:

@@ -20,8 +20,12 @@ from typing import NamedTuple
 
 import torch
 
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # a smoke run; before triton is imported
+from bench.harness import require_triton
+
+if __name__ == "__main__":
+    require_triton("bench.one_launch")
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # a smoke run; before triton is imported
 
 import triton
 import triton.language as tl

@@ -30,7 +30,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from bench.device import optional, versions
-from bench.harness import MIB, machine, spread, write_rows
+from bench.harness import MIB, machine, require_triton, spread, write_rows
 from bench.policy_loss import clipped_sum
 from bench.rivals import TRL_CHUNK
 from prefix_rft.config import OptimizerConfig
@@ -261,6 +261,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":  # without it, torch would be timed as ours
+        require_triton("a benchmark on CUDA")
     shape = {
         "num_rows": options.rows,
         "num_prompt": NUM_PROMPT,

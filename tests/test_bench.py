@@ -84,6 +84,39 @@ def test_train_loop_smoke(tmp_path):
         assert float(row[f"{phase}_tokens_per_s"]) > 0
 
 
+def without(folder: Path, module: str) -> dict[str, str]:
+    """The environment of processes that find no such module."""
+    (folder / "sitecustomize.py").write_text(f"import sys; sys.modules[{module!r}] = None\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])}
+
+
+@pytest.mark.parametrize("op", ["token_stats", "policy_loss", "selection", *FROM_HIDDEN])
+def test_on_a_cpu_triton_can_be_missing(op, tmp_path):
+    out = tmp_path / "rows.csv"
+    command = [sys.executable, "-m", f"bench.{op}", "--smoke", "--out", str(out)]
+    if op not in ("update_step", "memory_table"):
+        command.append("--tests-green")
+    done = run(*command, CUDA_VISIBLE_DEVICES="", **without(tmp_path, "triton"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any(row["variant"].startswith("ours") for row in read(out))
+
+
+@pytest.mark.parametrize("op", ["one_launch", "autotune"])
+def test_benchmarks_of_triton_itself_say_that_it_is_missing(op, tmp_path):
+    environment = without(tmp_path, "triton")
+    done = run(sys.executable, "-m", f"bench.{op}", "--smoke", "--tests-green", **environment)
+    assert done.returncode == 2
+    assert done.stderr == f"error: bench.{op} needs triton; pip install 'prefix-rft[test]'\n"
+
+
+@pytest.mark.parametrize("name", ["trl_patch", "trl_grpo"])
+def test_examples_say_what_they_need(name, tmp_path):
+    environment = without(tmp_path, "trl")
+    done = run(sys.executable, f"kernels/examples/{name}.py", **environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "trl cannot be imported" in done.stderr and "pip install trl==" in done.stderr
+
+
 def test_gpu_check_smoke(tmp_path):
     """The script of the GPU runs its parts on a CPU: benchmarks, tests, pictures."""
     options = {"OUT": str(tmp_path), "PYTHON": sys.executable, "WHEELS": ""}

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import multiprocessing
 import string
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,11 @@ from transformers import (
     PrinterCallback,
 )
 from transformers.utils import logging
-from trl import GRPOConfig, GRPOTrainer
+
+try:
+    from trl import GRPOConfig, GRPOTrainer
+except ImportError as error:
+    sys.exit(f"trl cannot be imported: {error}\n    pip install trl==1.16.0")
 
 MIB = 2**20
 

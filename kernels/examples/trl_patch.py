@@ -3,9 +3,15 @@
 python kernels/examples/trl_patch.py
 """
 
+import sys
+
 import torch
 from rft_kernels.adapters import trl as adapter
-from trl.trainer import utils
+
+try:
+    from trl.trainer import utils
+except ImportError as error:
+    sys.exit(f"trl cannot be imported: {error}\n    pip install trl==1.16.0")
 
 torch.manual_seed(0)
 logits = torch.randn(2, 8, 1000, dtype=torch.bfloat16, requires_grad=True)
