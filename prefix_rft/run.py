@@ -225,9 +225,10 @@ def _check_length(config: Config, model_path: Path | str) -> None:
     longest = max_sequence_length(config)
     if limit is not None and longest > limit:
         raise ConfigError(
-            "rollout.max_response_length: expected, with data.max_prompt_tokens "
-            f"{config.data.max_prompt_tokens}, at most the {limit} tokens that the model can take, "
-            f"got {longest} for both (model.max_position_embeddings overrides the model's limit)"
+            "rollout.max_response_length, eval.max_response_length: expected, with "
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens}, at most the {limit} tokens "
+            f"that the model can take, got {longest} for both (model.max_position_embeddings "
+            "overrides the model's limit)"
         )
 
 
