@@ -35,9 +35,9 @@ bench: .venv/installed-test
 	$(BIN)/python -m bench.linear_loss $(ARGS)
 
 clean:
-	rm -rf .venv .venv-vllm build *.egg-info
+	rm -rf .venv .venv-vllm build *.egg-info kernels/build kernels/*.egg-info
 
-.venv/installed: setup.py
+.venv/installed: setup.py kernels/pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable .

@@ -1,27 +1,28 @@
 """Two packages of one repository: `rft_kernels` (torch and triton only) and `prefix_rft`."""
 
-import re
+import tomllib
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "prefix_rft/__init__.py").read_text())[1]
+KERNELS = tomllib.loads((ROOT / "kernels/pyproject.toml").read_text())["project"]
+TORCH, TRITON = KERNELS["dependencies"]
 KERNEL_PACKAGES = find_packages("kernels", include=["rft_kernels", "rft_kernels.*"])
 
 setup(
     name="prefix-rft",
-    version=VERSION,
+    version=KERNELS["version"],
     description="Fused kernels and a lean trainer for Prefix-RFT",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.11",
+    license=KERNELS["license"],
+    python_requires=KERNELS["requires-python"],
     packages=find_packages(include=["prefix_rft", "prefix_rft.*"]) + KERNEL_PACKAGES,
     package_dir={"rft_kernels": "kernels/rft_kernels"},
-    package_data={"prefix_rft": ["configs/*.toml"]},
+    package_data={"prefix_rft": ["py.typed", "**/*.toml"], "rft_kernels": ["py.typed"]},
     install_requires=[
-        "torch>=2.11,<2.14",
+        TORCH,
         "transformers>=5.16,<5.20",
         "datasets>=4",
         "safetensors",
@@ -45,11 +46,12 @@ setup(
             "pytest-benchmark",
             "hypothesis",
             "ruff==0.17.5",
-            "triton>=3.6; platform_system == 'Linux'",
+            TRITON,
             "trl==1.16.0",
             "liger-kernel==0.8.5; platform_system == 'Linux'",
             "peft==0.21.2",
             "torchao==0.18.0",
+            "setuptools>=77",  # a test builds the kernels' wheel without the network
         ],
         "bench": ["pytest-benchmark", "matplotlib"],
     },
