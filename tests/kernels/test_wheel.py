@@ -1,4 +1,4 @@
-"""The kernels without the trainer: their wheel, and the layout Hugging Face's builder reads."""
+"""What is installed: the kernels alone, all of it, and the layout Hugging Face's builder reads."""
 
 import ast
 import os
@@ -72,17 +72,26 @@ def pip(*arguments: str | Path) -> None:
     subprocess.run(command, check=True)
 
 
+def install_wheel(project: Path, work: Path) -> Path:
+    """A folder that holds the project's installed wheel and nothing else; no network is needed."""
+    no_network = ["--no-index", "--no-deps"]
+    pip("wheel", project, "--no-build-isolation", *no_network, "--wheel-dir", work)
+    (wheel,) = work.glob("*.whl")
+    pip("install", wheel, *no_network, "--no-compile", "--target", work / "site")
+    return work / "site"
+
+
+def copy_without_leftovers(source: Path, target: Path) -> None:
+    """A wheel would take up modules of an earlier build, so each is built from a fresh copy."""
+    leftovers = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+    shutil.copytree(source, target, ignore=leftovers)
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the installed wheel and nothing else; made without the network."""
     work = tmp_path_factory.mktemp("wheel")
-    leftovers = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT / "kernels", work / "kernels", ignore=leftovers)
-    no_network = ["--no-index", "--no-deps"]
-    pip("wheel", work / "kernels", "--no-build-isolation", *no_network, "--wheel-dir", work)
-    (wheel,) = work.glob("*.whl")
-    pip("install", wheel, *no_network, "--target", work / "site")
-    return work / "site"
+    copy_without_leftovers(ROOT / "kernels", work / "kernels")
+    return install_wheel(work / "kernels", work)
 
 
 @pytest.fixture
@@ -102,18 +111,26 @@ def test_wheel_requires_torch_and_triton_alone(distribution: Distribution):
 
 def test_wheel_holds_the_whole_package_and_nothing_else(distribution: Distribution):
     metadata = f"{distribution.name.replace('-', '_')}-{distribution.version}.dist-info"
-    files = {path for path in distribution.files or [] if path.suffix != ".pyc"}
-    assert {path.parts[0] for path in files} == {"rft_kernels", metadata}
-    modules = {f"rft_kernels/{name}" for name in MODULES}
-    assert {str(path) for path in files if path.parts[0] != metadata} == {
-        *modules,
-        "rft_kernels/py.typed",
-    }
+    files = {str(path) for path in distribution.files or [] if path.parts[0] != metadata}
+    assert files == {f"rft_kernels/{name}" for name in {*MODULES, "py.typed"}}
     assert distribution.read_text("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
 
 
 def test_example_runs_with_the_wheel_alone(installed: Path):
     assert run_example(ALONE, installed).count("prefix tokens kept") == 3
+
+
+def test_root_s_wheel_holds_both_packages(tmp_path: Path):
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    for name in ("kernels", "prefix_rft"):
+        copy_without_leftovers(ROOT / name, project / name)
+    site = install_wheel(project, tmp_path)
+    for package in (project / "prefix_rft", project / "kernels" / "rft_kernels"):
+        files = {path.relative_to(package.parent) for path in package.rglob("*.*")}
+        assert [path for path in sorted(files) if not (site / path).exists()] == []
 
 
 @pytest.fixture(scope="module")
