@@ -1,4 +1,4 @@
-"""Launch parameters of the row kernels, timed; prints the table that `_launch.py` commits.
+"""Launch parameters of the row kernels, timed; prints the table that `rows/launch.py` commits.
 
     python -m bench.autotune [--smoke] [--out FILE.csv] [--budget-s 300]
 
@@ -44,8 +44,9 @@ def main() -> None:
         tests=["tests/kernels/test_token_stats_triton.py"],
         smoke_test="tests/kernels/test_token_stats_triton.py::test_entropy_has_no_sign",
     )
-    from rft_kernels import token_stats, triton_backend
-    from rft_kernels._launch import RowLaunch
+    from rft_kernels import token_stats
+    from rft_kernels.rows import triton_backend
+    from rft_kernels.rows.launch import RowLaunch
     from triton.runtime.errors import OutOfResources
 
     def run(launch: RowLaunch, logits: torch.Tensor, targets: torch.Tensor) -> None:

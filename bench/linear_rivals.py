@@ -20,7 +20,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from rft_kernels import _gemm
+from rft_kernels.linear import gemm
 from torch import Tensor
 
 from bench.device import ACTIVE_SHARES, Bench, Calls, errors, run
@@ -112,7 +112,7 @@ def error_columns(found: Callable[[Inputs], Found], x: Inputs, exact: Truth) -> 
 def bare_gemms(x: Inputs) -> Calls:
     """The products of each schedule, by `_FLOORS`, and nothing else."""
     hidden, weight = x.hidden.detach(), x.weight.detach()
-    operands = _gemm.operand_dtypes(hidden.dtype, torch.float32, hidden.device)
+    operands = gemm.operand_dtypes(hidden.dtype, torch.float32, hidden.device)
     (h, w), (dh, dw) = ([y.to(dtype) for y in (hidden, weight)] for dtype in operands)
     num_rows, num_active = min(len(h), _FLOOR_ROWS), len(x.active_rows)
     dlogits = torch.randn(num_rows, len(w), device=h.device, dtype=operands[1])
@@ -123,12 +123,12 @@ def bare_gemms(x: Inputs) -> Calls:
         dweight = torch.empty_like(w, dtype=torch.float32)
         for count in projected:
             for rows in h[:count].split(num_rows):
-                _gemm.mm(rows, w.t(), logits[: len(rows)])
-        product = _gemm.mm
+                gemm.mm(rows, w.t(), logits[: len(rows)])
+        product = gemm.mm
         for rows, out in zip(*(y[:num_active].split(num_rows) for y in (dh, dhidden)), strict=True):
-            _gemm.mm(dlogits[: len(rows)], dw, out)
+            gemm.mm(dlogits[: len(rows)], dw, out)
             product(dlogits[: len(rows)].t(), rows, dweight)
-            product = _gemm.addmm
+            product = gemm.addmm
 
     schedules = ((len(h),), (len(h), num_active), (num_active,))
     return {name: partial(call, rows) for name, rows in zip(_FLOORS, schedules, strict=True)}

@@ -30,10 +30,9 @@ if __name__ == "__main__":
 import triton
 import triton.language as tl
 from rft_kernels import PolicyConfig
-from rft_kernels._launch import row_launch
-from rft_kernels._online import LOG2_E, join_lanes, start_lanes, take_tile
-from rft_kernels.objective import SUMS, _ratio_bounds
-from rft_kernels.objective_triton import (
+from rft_kernels.objective import DEFAULT_CONFIG
+from rft_kernels.objective.policy_config import SUMS
+from rft_kernels.objective.triton_backend import (
     _PADDED,
     _load_masks,
     _sum_kernel,
@@ -42,8 +41,9 @@ from rft_kernels.objective_triton import (
     store_sums,
     take_tokens,
 )
-from rft_kernels.policy_config import DEFAULT_CONFIG
-from rft_kernels.triton_backend import _grad, _tile, row_grad, row_stats
+from rft_kernels.rows.launch import row_launch
+from rft_kernels.rows.online import LOG2_E, join_lanes, start_lanes, take_tile
+from rft_kernels.rows.triton_backend import _grad, _tile, row_grad, row_stats
 from torch import Tensor
 
 from bench.device import ACTIVE_SHARES, CASES, Bench, run
@@ -205,7 +205,7 @@ def one_launch_fwd(
     entropy = torch.empty_like(log_probs)
     partial = log_probs.new_empty(len(SUMS), num_programs)
     sums = log_probs.new_empty(len(SUMS))
-    low, high, prefix_low, prefix_high = _ratio_bounds(config)
+    low, high, prefix_low, prefix_high = config.ratio_bounds
     num_kept = int(min(launch.l2_bytes / num_programs / logits.itemsize, num_classes))
 
     with torch.cuda.device_of(logits):
@@ -302,7 +302,7 @@ def three_launches(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     log_probs, entropy, saved = row_stats(logits, batch.targets, batch.response_mask, 1.0, None, 0)
     sums, dlog_probs, _ = objective_fwd(
         log_probs, entropy, batch.advantages, batch.response_mask, batch.old_log_probs,
-        batch.prefix_mask, None, None, None, _ratio_bounds(DEFAULT_CONFIG), None, None, 0.0,
+        batch.prefix_mask, None, None, None, DEFAULT_CONFIG.ratio_bounds, None, None, 0.0,
         "none", 0.0,
     )  # fmt: skip
     dlogits = torch.empty_like(logits)

@@ -2,11 +2,11 @@
 
 from .linear import linear_prefix_rft_loss, linear_token_stats
 from .lm_head import LMHead, patch_lm_head
-from .objective import policy_objective
-from .policy_config import PolicyConfig
-from .policy_loss import PolicyLoss, prefix_rft_loss
+from .objective import PolicyConfig, policy_objective
+from .policy_loss import prefix_rft_loss
+from .results import PolicyLoss, TokenStats
+from .rows import token_stats
 from .selection import select_top_entropy
-from .token_stats import TokenStats, token_stats
 
 __all__ = [
     "LMHead",

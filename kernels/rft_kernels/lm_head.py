@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _backends, _check
+from . import _check, _dispatch
 from .linear import linear_prefix_rft_loss, linear_token_stats
-from .policy_loss import PolicyLoss
-from .token_stats import TokenStats
+from .results import PolicyLoss, TokenStats
 
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # of the logits, in configs
 _EXACT = ("old_log_probs", "advantages", "response_mask", "prefix_mask")  # leading loss inputs
@@ -128,7 +127,7 @@ def patch_lm_head(
     if head is None:
         raise ValueError(f"model must have an lm_head, {type(model).__name__} has none")
     cls = type(head) if isinstance(head, _LossForward) else _class_with_loss(head)
-    _check.one_of("backend", backend, _backends.NAMES)
+    _check.one_of("backend", backend, _dispatch.NAMES)
     if vocab_size is not None:
         _check.integer("vocab_size", vocab_size, least=1, most=len(head.weight))
     head.__class__ = cls

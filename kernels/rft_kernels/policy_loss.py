@@ -11,21 +11,17 @@ import torch
 from torch import Tensor
 
 from . import _check
-from ._tokens import Tokens, check_scale, check_tokens
-from .objective import reduce_loss
-from .policy_config import DEFAULT_CONFIG, PolicyConfig
+from .objective import (
+    DEFAULT_CONFIG,
+    PolicyConfig,
+    Tokens,
+    check_scale,
+    check_tokens,
+    reduce_loss,
+)
+from .results import PolicyLoss, TokenStats
+from .rows import token_stats
 from .selection import FIFTH, check_fraction, select_top_entropy
-from .token_stats import TokenStats, token_stats
-
-
-class PolicyLoss(NamedTuple):
-    """The loss, and detached what it was made of."""
-
-    loss: Tensor  # 0-dim, float32 (float64 for float64 inputs), differentiable
-    log_probs: Tensor  # [...] nats, 0 without a target
-    entropy: Tensor  # [...] nats, 0 without a target
-    selected_mask: Tensor  # [...] bool, the prefix tokens in the loss (unless dropped there)
-    metrics: dict[str, Tensor]  # as `policy_objective` gives them
 
 
 class Plan(NamedTuple):
@@ -101,18 +97,25 @@ def finish_loss(
     normalizer: float | Tensor,
     fraction: Fraction | float | str,
     cu_seqlens: Tensor | None,
+    backend: str,
     gradient: tuple[list, ...] | None = None,
 ) -> PolicyLoss:
     """Selection, where still to be made, and the objective; `gradient`: see `reduce_loss`."""
     tokens, selected = plan.tokens, plan.selected
     if selected is None:
         selected = select_top_entropy(
-            stats.entropy.detach(), plan.candidates, fraction=fraction, cu_seqlens=cu_seqlens
+            stats.entropy.detach(),
+            plan.candidates,
+            fraction=fraction,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
         )
         tokens = tokens._replace(loss_mask=tokens.loss_mask & (~plan.candidates | selected))
     # Rows left out of the statistics have nothing the objective could use.
     tokens = tokens._replace(loss_mask=tokens.loss_mask & plan.needed)
-    loss, metrics = reduce_loss(*stats, tokens, plan.config, plan.sequences, normalizer, gradient)
+    loss, metrics = reduce_loss(
+        *stats, tokens, plan.config, plan.sequences, normalizer, backend, gradient
+    )
     held = (x.detach().view(shape) for x in (*stats, selected))
     return PolicyLoss(loss, *held, metrics)
 
@@ -189,5 +192,11 @@ def prefix_rft_loss(
     )
     flat = TokenStats(*(x.view(-1) for x in found))
     return finish_loss(
-        plan, flat, shape, normalizer=normalizer, fraction=fraction, cu_seqlens=cu_seqlens
+        plan,
+        flat,
+        shape,
+        normalizer=normalizer,
+        fraction=fraction,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
     )

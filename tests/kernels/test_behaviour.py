@@ -5,15 +5,15 @@ import torch
 from kernel_cases import from_logits, gradients, loss_inputs, seeded
 from rft_kernels import (
     PolicyConfig,
-    _linear_ops,
     linear_prefix_rft_loss,
     linear_token_stats,
     policy_objective,
     prefix_rft_loss,
     select_top_entropy,
     token_stats,
-    torch_backend,
 )
+from rft_kernels.linear import ops
+from rft_kernels.rows import torch_backend
 from torch.profiler import ProfilerActivity, profile
 
 CONFIG = PolicyConfig(entropy_coef=0.05, dual_clip=1.2)
@@ -90,7 +90,7 @@ def test_without_gradients_only_statistics_are_computed(monkeypatch):
     inputs = loss_inputs() | {"prefix_mask": None}
     expected = linear_prefix_rft_loss(**inputs)
     for op in ("policy", "token_stats_bwd"):
-        monkeypatch.setattr(_linear_ops, op, None)
+        monkeypatch.setattr(ops, op, None)
     with torch.no_grad():
         found = linear_prefix_rft_loss(**inputs)
     assert torch.equal(found.loss, expected.loss) and not found.loss.requires_grad

@@ -1,6 +1,9 @@
 """What holds the packages apart: names on the path and directions of import."""
 
 import ast
+import dataclasses
+import graphlib
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -11,6 +14,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "kernels" / "rft_kernels"
+NAME = "rft_kernels"
+FILES = {  # by the name of the module
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+# A floor imports from those before it alone, and from a room only what its door names.
+FLOORS = (
+    ("_check", "results"),
+    ("_dispatch", "reference"),
+    ("rows", "selection", "objective"),
+    ("policy_loss",),
+    ("linear",),
+    ("lm_head",),
+    ("adapters",),
+)
+REFERENCE = f"{NAME}.reference"
 ALLOWED = {"rft_kernels", "torch", "triton"} | set(sys.stdlib_module_names)
 
 
@@ -32,28 +51,59 @@ def test_no_package_is_called_kernels():
     assert found is None or found.origin is None or ROOT not in Path(found.origin).parents
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
-def test_imports_point_one_way(path: Path):
+@pytest.mark.parametrize("path", FILES.values(), ids=FILES)
+def test_nothing_but_torch_and_triton_is_imported(path: Path):
     assert imported(path) <= ALLOWED
-    if path.parent.name == "reference":
-        shared = {
-            "objective",
-            "policy_config",
-            "policy_loss",
-            "token_stats",
-        }  # the types of arguments and results
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rft_kernels"):
-                assert node.module.split(".")[1] in shared
-                assert all(alias.name[0].isupper() for alias in node.names)
-    else:
-        text = path.read_text()
-        assert "reference" not in {
-            alias.name.split(".")[-1]
-            for node in ast.walk(ast.parse(text))
-            if isinstance(node, ast.ImportFrom)
-            for alias in node.names
-        }
+
+
+def targets(module: str) -> list[tuple[str, str | None]]:
+    """What of the package a file imports, wherever in its code: (module, the name out of it)."""
+    path, found = FILES[module], []
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *filter(None, [node.module])])
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                found.append((inner, None) if inner in FILES else (source, alias.name))
+    return [pair for pair in found if pair[0].split(".")[0] == NAME]
+
+
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def test_no_files_import_each_other():
+    graph = {module: {target for target, _ in targets(module)} for module in FILES}
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if module != NAME])
+def test_imports_run_downwards_and_through_doors(module: str):
+    place = next(i for i, floor in enumerate(FLOORS) if module.split(".")[1] in floor)
+    below = {f"{NAME}.{other}" for floor in FLOORS[:place] for other in floor}
+    for target, name in targets(module):
+        if room(target) == room(module):
+            continue
+        assert target in below, f"{target} is not a room below, or a file inside one"
+        if FILES[target].name == "__init__.py":
+            assert name in importlib.import_module(target).__all__
+
+
+def test_the_specification_shares_nothing_but_the_types_of_results():
+    found = {pair for module in FILES if room(module) == REFERENCE for pair in targets(module)}
+    shared = {pair for pair in found if room(pair[0]) != REFERENCE}
+    assert shared == {(f"{NAME}.results", "TokenStats"), (f"{NAME}.results", "PolicyLoss")}
+
+
+def test_the_specification_has_the_defaults_of_the_package():
+    from rft_kernels import PolicyConfig
+    from rft_kernels.reference.objective import Config
+
+    assert Config()._asdict() == dataclasses.asdict(PolicyConfig())
 
 
 def launches(node: ast.AST, guarded: bool = False) -> list[tuple[str, bool]]:

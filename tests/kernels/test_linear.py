@@ -7,14 +7,12 @@ import torch
 from kernel_cases import assert_as_exact, gradients, loss_inputs, seeded
 from rft_kernels import (
     PolicyConfig,
-    _gemm,
-    _head,
-    _passes,
-    _tokens,
     linear_prefix_rft_loss,
     linear_token_stats,
     reference,
 )
+from rft_kernels.linear import gemm, passes, tiles
+from rft_kernels.objective import Tokens
 from test_behaviour import SLACK_BYTES, compiled, peak_bytes
 
 CONFIG = PolicyConfig(entropy_coef=0.05, dual_clip=1.2)
@@ -202,7 +200,7 @@ def mixed_gemms(monkeypatch):
     def addmm(total, a, b, *, out_dtype, out):
         return out.copy_(total + widened(a, b, out_dtype, out))
 
-    monkeypatch.setattr(_gemm, "MIXED_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(gemm, "MIXED_DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
     return seen
@@ -249,15 +247,15 @@ def test_rows_of_a_device_begin_where_it_reads_vectors(
     inputs["targets"] = inputs["targets"].clamp(max=298)
     expected = linear_prefix_rft_loss(**inputs, **options)
     truth = gradients(expected.loss, inputs)
-    strides, product = [], {name: getattr(_gemm, name) for name in ("mm", "addmm")}
+    strides, product = [], {name: getattr(gemm, name) for name in ("mm", "addmm")}
 
     def seen(name, a, b, out):
         strides.extend(x.stride(0) for x in (a, out) if x.shape[1] == 299)
         product[name](a, b, out)
 
     for name in product:
-        monkeypatch.setattr(_gemm, name, partial(seen, name))
-    monkeypatch.setitem(_head._ROW_MULTIPLES, "cpu", _head._ROW_MULTIPLES["cuda"])
+        monkeypatch.setattr(gemm, name, partial(seen, name))
+    monkeypatch.setitem(tiles._ROW_MULTIPLES, "cpu", tiles._ROW_MULTIPLES["cuda"])
     found = linear_prefix_rft_loss(**inputs, **options)
     torch.testing.assert_close(found.loss, expected.loss)
     for x, y in zip(gradients(found.loss, inputs), truth, strict=True):
@@ -276,24 +274,24 @@ def test_passes_on_a_device_read_no_value(monkeypatch, dtype, num_active):
         assert a.dtype == b.dtype and out_dtype == out.dtype
 
     monkeypatch.setattr(torch, "addmm", addmm)
-    monkeypatch.setattr(_gemm, "MIXED_DEVICES", ("cuda", "meta"))
+    monkeypatch.setattr(gemm, "MIXED_DEVICES", ("cuda", "meta"))
     empty = partial(torch.empty, device="meta")
     hidden, weight = empty(50, 16 + 4, dtype=dtype), empty(320, 16, dtype=dtype)
     up, bias = empty(320, 4, dtype=dtype), empty(320, dtype=dtype)
     targets, floats, mask = empty(50, dtype=torch.int64), empty(50), empty(50, dtype=torch.bool)
     active = None if num_active is None else empty(num_active, dtype=torch.int64)
-    head = _head.make_head(
+    head = tiles.make_head(
         hidden, weight, up, bias, targets, floats, 1.0, 3.0, 299, 320 * 6 * 24, "torch"
     )
-    log_probs, entropy, saved = _passes.stats_pass(head, mask, active, only_active=True)
+    log_probs, entropy, saved = passes.stats_pass(head, mask, active, only_active=True)
     assert log_probs.shape == entropy.shape == floats.shape
     shapes = [(50, 20), (320, 16), (320, 4), (320,)]
     rows = (active, entropy, saved, floats, floats)
     for into, wanted in ((None, shapes), (empty(320, 16), [shapes[0], (0,), *shapes[2:]])):
-        found = _passes.grad_pass(head, 320, *rows, [True] * 4, into)
+        found = passes.grad_pass(head, 320, *rows, [True] * 4, into)
         assert [x.shape for x in found] == wanted
-    tokens = _tokens.Tokens(floats, mask, floats, mask, floats, floats)
-    found = _passes.policy_pass(head, 320, mask, mask, active, False, tokens, CONFIG, [True] * 4)
+    tokens = Tokens(floats, mask, floats, mask, floats, floats)
+    found = passes.policy_pass(head, 320, mask, mask, active, False, tokens, CONFIG, [True] * 4)
     assert [x.shape for x in found] == [(50,), (50,), *shapes]
     assert {x.dtype for x in found} == {torch.float32}
 
@@ -301,11 +299,11 @@ def test_passes_on_a_device_read_no_value(monkeypatch, dtype, num_active):
 def test_operands_by_device():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     f16, b16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-    assert _gemm.operand_dtypes(b16, f32, cpu) == (f32, f32)
-    assert _gemm.operand_dtypes(b16, f32, cuda) == (b16, b16)
-    assert _gemm.operand_dtypes(f16, f32, cuda) == (f16, f32)
-    assert _gemm.operand_dtypes(f32, f32, cuda) == (f32, f32)
-    assert _gemm.operand_dtypes(f64, f64, cuda) == (f64, f64)
+    assert gemm.operand_dtypes(b16, f32, cpu) == (f32, f32)
+    assert gemm.operand_dtypes(b16, f32, cuda) == (b16, b16)
+    assert gemm.operand_dtypes(f16, f32, cuda) == (f16, f32)
+    assert gemm.operand_dtypes(f32, f32, cuda) == (f32, f32)
+    assert gemm.operand_dtypes(f64, f64, cuda) == (f64, f64)
     for name in ("mm", "addmm"):  # what CUDA is asked for exists
         assert "dtype_out" in getattr(torch.ops.aten, name).overloads()
 
@@ -319,16 +317,15 @@ def test_a_device_is_told_the_number_of_active_rows(monkeypatch, stats, selectin
     inputs["config"] = PolicyConfig()
     expected = linear_prefix_rft_loss(**inputs)
     truth = gradients(expected.loss, inputs)
-    projected, product = [], _gemm.mm
+    projected, product = [], gemm.mm
 
     def mm(a, b, out):
         projected.append(len(a) if out.shape[1] == 33 else 0)
         product(a, b, out)
 
-    monkeypatch.setattr(_gemm, "mm", mm)
+    monkeypatch.setattr(gemm, "mm", mm)
     monkeypatch.setattr(torch.Tensor, "nonzero", None)
-    monkeypatch.setattr(_head, "_COUNTING_DEVICES", ())
-    monkeypatch.setattr(_tokens, "_interpret", True)
+    monkeypatch.setattr(tiles, "_COUNTING_DEVICES", ())
     inputs["active_rows"] = torch.arange(7)
     with torch.no_grad():
         linear_prefix_rft_loss(**inputs, backend="triton")

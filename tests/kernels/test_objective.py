@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import seeded
 from rft_kernels import PolicyConfig, policy_objective, reference
-from rft_kernels.objective import LOG_RATIO_BOUND
+from rft_kernels.objective.policy_config import LOG_RATIO_BOUND
 
 LEVELS = ("token", "sequence")
 TERMS = {

@@ -1,22 +1,19 @@
 """policy_objective as Triton kernels: compiled on a GPU, interpreted without one."""
 
+from functools import partial
+
 import pytest
 import torch
 from kernel_cases import assert_as_exact, loss_inputs
 from launches import compiled
-from rft_kernels import (
-    PolicyConfig,
-    _tokens,
-    linear_prefix_rft_loss,
-    objective,
-    policy_objective,
-    reference,
-)
+from rft_kernels import PolicyConfig, linear_prefix_rft_loss, reference
+from rft_kernels import policy_objective as objective_by_any_backend
 from test_objective import LEVELS, TERMS, slopes, tokens
 
 pytest.importorskip("triton", reason="triton is not installed")
-from rft_kernels import objective_triton  # noqa: E402
+from rft_kernels.objective import triton_backend  # noqa: E402
 
+policy_objective = partial(objective_by_any_backend, backend="triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [  # numpy's, in the interpreter
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
@@ -26,8 +23,7 @@ pytestmark = [  # numpy's, in the interpreter
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(objective_triton, "TILE", 8)
-    monkeypatch.setattr(_tokens, "_interpret", True)
+    monkeypatch.setattr(triton_backend, "TILE", 8)
 
 
 def case(dtype=torch.float32, layout="flat", on_policy=False):
@@ -102,16 +98,15 @@ def test_what_stands_outside_the_loss_has_no_part(level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_nan_inside_the_loss_is_seen_wherever_torch_sees_it(level, monkeypatch):
+def test_nan_inside_the_loss_is_seen_wherever_torch_sees_it(level):
     config = PolicyConfig(importance_level=level, entropy_coef=0.1, dual_clip=2)
     for column in range(3):
         positional, options = case()
         with torch.no_grad():
             positional[column][positional[3].nonzero()[4]] = torch.nan
         loss, metrics, grads = outcome(policy_objective, (positional, options), config)
-        with monkeypatch.context() as patch:
-            patch.setattr(objective, "uses_triton", lambda like: False)
-            other = outcome(policy_objective, (positional, options), config)
+        in_torch = partial(objective_by_any_backend, backend="torch")
+        other = outcome(in_torch, (positional, options), config)
         assert loss.isnan() and other[0].isnan()
         for name, value in metrics.items():
             assert torch.equal(value.isnan(), other[1][name].isnan()), name
@@ -174,23 +169,22 @@ def test_no_tokens_in_the_loss(level, num_tokens):
     assert not zeros.grad.any()
 
 
-def test_a_loss_from_hidden_states_uses_it(monkeypatch):
+def test_the_backend_asked_for_serves_the_whole_loss(monkeypatch):
     inputs = loss_inputs(dtype=torch.float32)
     moved = {
         name: x.detach().to(DEVICE).requires_grad_(x.requires_grad)
         if isinstance(x, torch.Tensor) else x for name, x in inputs.items()
     }  # fmt: skip
     calls = []
-    forward = objective_triton.objective_fwd
+    forward = triton_backend.objective_fwd
     record = lambda *args: (calls.append(1), forward(*args))[1]  # noqa: E731
-    monkeypatch.setattr(objective_triton, "objective_fwd", record)
-    options = {"config": PolicyConfig(entropy_coef=0.05), "backend": "torch"}
+    monkeypatch.setattr(triton_backend, "objective_fwd", record)
     for extra in ({}, {"selected_mask": moved["prefix_mask"]}):
-        found = linear_prefix_rft_loss(**moved, **options, **extra)
+        options = extra | {"config": PolicyConfig(entropy_coef=0.05)}
+        expected = linear_prefix_rft_loss(**moved, **options, backend="torch")
+        assert not calls
+        found = linear_prefix_rft_loss(**moved, **options, backend="triton")
         assert calls
-        with monkeypatch.context() as patch:
-            patch.setattr(objective, "uses_triton", lambda like: False)
-            expected = linear_prefix_rft_loss(**moved, **options, **extra)
         torch.testing.assert_close(found.loss, expected.loss)
         wrt = [moved["hidden"], moved["lm_head_weight"]]
         for x, y in zip(
@@ -229,22 +223,22 @@ def test_the_op_is_registered_as_it_behaves():
     columns = [x.detach() for x in columns]
     for entropy_coef, bounds in ((0.1, None), (0.0, options["cu_seqlens"])):
         scalars = [[0.8, 1.2, 0.8, 1.2], None, 2.0, entropy_coef, "k3", 0.1]
-        torch.library.opcheck(objective._objective, (*columns, bounds, *scalars))
+        torch.library.opcheck(torch.ops.rft_kernels.policy_objective, (*columns, bounds, *scalars))
 
 
 LAUNCHES = """
 import torch
-from rft_kernels import objective_triton
+from rft_kernels.objective import triton_backend
 x, mask, bounds = torch.zeros(9), torch.zeros(9) > 0, torch.tensor([0, 4, 9])
 clip = [0.8, 1.2, 0.5, float("inf")]
 for cu_seqlens in (None, bounds):
-    objective_triton.objective_fwd(
+    triton_backend.objective_fwd(
         x, x, x, mask, x, mask, x, x, cu_seqlens, clip, 3.0, 2.0, 0.1, "k3", 0.1)
-    objective_triton.objective_fwd(
+    triton_backend.objective_fwd(
         x.bfloat16(), None, x, mask, None, None, None, None, cu_seqlens, clip, None, None, 0.0,
         "none", 0.0)
     for kl in ("k1", "k2"):
-        objective_triton.objective_fwd(
+        triton_backend.objective_fwd(
             x, None, x, mask, None, mask, x, x, cu_seqlens, clip, None, 2.0, 0.0, kl, 0.1)
 """
 

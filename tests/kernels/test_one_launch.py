@@ -5,11 +5,11 @@ import torch
 from kernel_cases import CASES, assert_as_exact, logits_case, seeded
 from launches import compiled
 from rft_kernels import PolicyConfig, reference
-from rft_kernels.policy_loss import PolicyLoss
+from rft_kernels.results import PolicyLoss
 from test_objective import TERMS
 
 pytest.importorskip("triton", reason="triton is not installed")
-from rft_kernels.objective import SUMS  # noqa: E402
+from rft_kernels.objective.policy_config import SUMS  # noqa: E402
 
 from bench.one_launch import Launch, one_launch_fwd, one_launch_loss  # noqa: E402
 

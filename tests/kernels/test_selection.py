@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import seeded
-from rft_kernels import _tokens, reference, select_top_entropy
+from rft_kernels import _dispatch, reference, select_top_entropy
 
 FRACTIONS = st.fractions(0, 1, max_denominator=1000) | st.sampled_from([0.2, 0.1, 0.29, 1.0, 0])
 LEVELS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0, torch.nan, torch.inf])  # few values: many ties
@@ -122,10 +122,9 @@ class NothingRead(torch.utils._python_dispatch.TorchDispatchMode):
 def select_on_ranks(rank: int, store: str, sizes: list[int], cases, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=len(sizes))
-    for name, (entropy, candidates, options, interpret) in cases.items():
-        _tokens._interpret = interpret
+    for name, (entropy, candidates, options) in cases.items():
         own = [x.split(sizes)[rank] for x in (entropy, candidates)]
-        with contextlib.nullcontext() if interpret else NothingRead():
+        with contextlib.nullcontext() if "backend" in options else NothingRead():
             results[name, rank] = select_top_entropy(
                 *own, process_group=dist.group.WORLD, **options
             )
@@ -138,18 +137,19 @@ def test_two_ranks_are_one_pool(sizes, tmp_path):
     levels = torch.randint(-2, 6, (42,), generator=seeded(1)) / 3
     levels[::9] = torch.nan
     candidates = torch.rand(42, generator=seeded(2)) > 0.4
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _tokens._HAS_TRITON
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _dispatch._HAS_TRITON
     cases = {}
     for order in ("high", "low", "random"):
         for fraction in ("1/5", "2/3", "1"):
             options = {"order": order, "seed": 2**33 + 3, "fraction": Fraction(fraction)}
             for dtype in (torch.float32, torch.float64):
-                cases[order, fraction, dtype] = (levels.to(dtype), candidates, options, False)
+                cases[order, fraction, dtype] = (levels.to(dtype), candidates, options)
             if interpreted and fraction == "2/3":
-                cases[order, "Triton"] = (levels, candidates, options, True)
+                in_triton = options | {"backend": "triton"}
+                cases[order, "Triton"] = (levels, candidates, in_triton)
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(select_on_ranks, (str(tmp_path / "store"), sizes, cases, results), nprocs=2)
-        for name, (entropy, candidates, options, _) in cases.items():
+        for name, (entropy, candidates, options) in cases.items():
             whole = select_top_entropy(entropy, candidates, **options)
             assert torch.equal(torch.cat([results[name, rank] for rank in (0, 1)]), whole), name

@@ -1,6 +1,7 @@
 """select_top_entropy as a radix select in Triton: the same bits as the sorts."""
 
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import seeded
 from launches import compiled
-from rft_kernels import _tokens, reference, select_top_entropy, selection
+from rft_kernels import reference
+from rft_kernels import select_top_entropy as select_by_any_backend
+from rft_kernels.selection import torch_backend
 
 pytest.importorskip("triton", reason="triton is not installed")
-from rft_kernels import selection_triton  # noqa: E402
+from rft_kernels.selection import triton_backend  # noqa: E402
 
+select_top_entropy = partial(select_by_any_backend, backend="triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [  # numpy's, in the interpreter
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
@@ -28,14 +32,13 @@ FRACTIONS = st.fractions(0, 1, max_denominator=1000) | st.sampled_from([0, 1, Fr
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles a program and several programs a pool at a few hundred tokens."""
-    monkeypatch.setattr(selection_triton, "TILE", 16)
-    monkeypatch.setattr(selection_triton, "MAX_PROGRAMS", 4)
-    monkeypatch.setattr(selection_triton, "SMALL_POOL", 0)
-    monkeypatch.setattr(_tokens, "_interpret", True)
+    monkeypatch.setattr(triton_backend, "TILE", 16)
+    monkeypatch.setattr(triton_backend, "MAX_PROGRAMS", 4)
+    monkeypatch.setattr(triton_backend, "SMALL_POOL", 0)
 
 
 def sorted_select(entropy, candidates, fraction, cu_seqlens, order):
-    return selection._select(entropy, candidates, Fraction(fraction), cu_seqlens, order, SEED)
+    return torch_backend.select(entropy, candidates, Fraction(fraction), cu_seqlens, order, SEED)
 
 
 def columns(tokens):
@@ -118,7 +121,7 @@ def test_the_op_is_registered_as_it_behaves():
     bounds = torch.tensor([0, 9, 60], device=DEVICE)
     for cu_seqlens in (None, bounds):
         arguments = (entropy, mask, cu_seqlens, "1/5", "high", "0")
-        torch.library.opcheck(selection._select_on_device, arguments)
+        torch.library.opcheck(torch.ops.rft_kernels.select_top_entropy, arguments)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: nothing to wait for, nothing to capture")
@@ -146,17 +149,18 @@ def test_no_synchronisation_and_capture(order):
 LAUNCHES = """
 import torch
 from fractions import Fraction
-from rft_kernels import selection_triton
+from functools import partial
+from rft_kernels.selection import triton_backend
 mask, bounds = torch.zeros(9) > 0, torch.tensor([0, 4, 9])
 class Ranks:
     def add(self, counts): pass
     def add_and_rank(self, counts): return counts
 for order in ("high", "random"):
     x = torch.zeros(9)
-    selection_triton.select_pool(x, mask, Fraction(1, 5), order, 2**40 + 1)
-    selection_triton.select_pool(x.bfloat16(), mask, Fraction(1, 5), order, 3, Ranks())
+    triton_backend.select_pool(x, mask, Fraction(1, 5), order, 2**40 + 1)
+    triton_backend.select_pool(x.bfloat16(), mask, Fraction(1, 5), order, 3, Ranks())
     for cu_seqlens in (None, bounds):
-        selection_triton.select_sequences(x, mask, Fraction(1, 5), cu_seqlens, order, 3)
+        triton_backend.select_sequences(x, mask, Fraction(1, 5), cu_seqlens, order, 3)
 """
 
 

@@ -1,9 +1,13 @@
 """token_stats on Triton kernels against the specification: compiled on a GPU, else interpreted."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kernel_cases import CASES, assert_as_exact, seeded
-from rft_kernels import _backends, _launch, reference, token_stats, torch_backend
+from rft_kernels import _dispatch, reference, token_stats
+from rft_kernels.rows import launch as launches
+from rft_kernels.rows import torch_backend
 from torch import Tensor
 from triton_cases import (
     CUDA,
@@ -68,7 +72,7 @@ def test_shapes(num_rows, num_classes, small_tiles):
 @pytest.mark.parametrize("beside", [-1, 0, 1])
 @pytest.mark.parametrize("entry", [0, 1])
 def test_committed_launches(entry, beside, dtype, monkeypatch):
-    _, launch = _launch.TABLES[9][dtype.itemsize][entry]
+    _, launch = launches.TABLES[9][dtype.itemsize][entry]
     monkeypatch.setattr(triton_backend, "row_launch", lambda logits: launch)
     num_classes = launch.lanes * launch.depth + beside
     logits = logits_case("normal", 3, num_classes).to(dtype) * 3
@@ -78,8 +82,8 @@ def test_committed_launches(entry, beside, dtype, monkeypatch):
 def test_launch_table_serves_every_row():
     for num_classes, dtype in ((1, torch.float16), (10**6, torch.float64)):
         logits = torch.empty(1, num_classes, dtype=dtype, device=DEVICE)
-        assert isinstance(_launch.row_launch(logits), _launch.RowLaunch)
-    for table in _launch.TABLES.values():
+        assert isinstance(launches.row_launch(logits), launches.RowLaunch)
+    for table in launches.TABLES.values():
         for entries in table.values():
             widths = [widest for widest, _ in entries]
             assert widths == sorted(widths) and widths[-1] > 2**40
@@ -321,15 +325,19 @@ def test_custom_ops_are_registered_as_they_behave(small_tiles):
 
 def test_backends_go_by_device(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert _backends.resolve("auto", cpu) == "torch" == _backends.resolve("torch", cuda)
-    assert _backends.resolve("auto", cuda) == "triton" == _backends.resolve("triton", cuda)
+    assert _dispatch.resolve("auto", cpu) == "torch" == _dispatch.resolve("torch", cuda)
+    assert _dispatch.resolve("auto", cuda) == "triton" == _dispatch.resolve("triton", cuda)
+    for dtype, served in ((torch.float64, "torch"), (torch.bfloat16, "triton")):
+        like = SimpleNamespace(device=cuda, dtype=dtype)
+        assert _dispatch.resolve_for_tokens("auto", like) == served
+        assert _dispatch.resolve_for_tokens("torch", like) == "torch"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="needs CUDA tensors, or TRITON_INTERPRET=1"):
         token_stats(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), backend="triton")
-    monkeypatch.setattr(_backends, "_HAS_TRITON", False)
-    assert _backends.resolve("auto", cuda) == "torch"
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
+    assert _dispatch.resolve("auto", cuda) == "torch"
     with pytest.raises(ValueError, match="which is not installed"):
-        _backends.resolve("triton", cuda)
+        _dispatch.resolve("triton", cuda)
 
 
 @on_gpu

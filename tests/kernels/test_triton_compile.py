@@ -14,7 +14,7 @@ SCRIPT = """
 import json, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rft_kernels import _launch, triton_backend
+from rft_kernels.rows import launch, triton_backend
 
 def compiled(name, dtype, launch, softcap):
     kernel = getattr(triton_backend, name)
@@ -45,7 +45,7 @@ report = []
 for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4), ("fp64", 8)):
     for softcap in (None, 30.0) if size > 2 else (None,):
         for name in ("_row_stats_kernel", "_row_grad_kernel"):
-            asm = compiled(name, dtype, _launch.TABLES[9][size][-1][1], softcap)
+            asm = compiled(name, dtype, launch.TABLES[9][size][-1][1], softcap)
             report.append({
                 "kernel": name, "dtype": dtype, "binary": len(asm["cubin"]),
                 "conversions": asm["ttgir"].count("convert_layout"),

@@ -4,16 +4,16 @@ import pytest
 import torch
 from kernel_cases import logits_case as logits_on_cpu
 from kernel_cases import seeded
-from rft_kernels import _launch
+from rft_kernels.rows import launch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
-from rft_kernels import triton_backend  # noqa: E402, F401
+from rft_kernels.rows import triton_backend  # noqa: E402, F401
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SMALL = _launch.RowLaunch(lanes=16, depth=2, num_warps=1, num_stages=2)
+SMALL = launch.RowLaunch(lanes=16, depth=2, num_warps=1, num_stages=2)
 TILE = SMALL.lanes * SMALL.depth
 
 

@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from rft_kernels import adapters
 from rft_kernels.linear import linear_token_stats
-from rft_kernels.token_stats import TokenStats
+from rft_kernels.results import TokenStats
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rft_kernels._check import NO_TARGET
-from rft_kernels.token_stats import token_stats
+from rft_kernels.rows import token_stats
 
 from ._grpo import Options, metrics, reduced, token_losses
 from ._linear import head_stats

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft_kernels.token_stats import token_stats
-from rft_kernels.torch_backend import stats_dtype
+from rft_kernels.results import stats_dtype
+from rft_kernels.rows import token_stats
 
 from ._linear import compute_dtype, head_stats
 from ._patch import Patch, install

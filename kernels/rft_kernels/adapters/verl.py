@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rft_kernels.token_stats import token_stats
+from rft_kernels.rows import token_stats
 
 from ._linear import head_stats
 from ._patch import Patch, install

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft_kernels.policy_loss import PolicyLoss
-from rft_kernels.token_stats import TokenStats
+from rft_kernels.results import PolicyLoss, TokenStats
 
 from .policy_loss import prefix_rft_loss
 from .token_stats import token_stats

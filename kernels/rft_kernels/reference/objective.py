@@ -1,10 +1,28 @@
 """Specification of `policy_objective` (E4 to E8)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from rft_kernels.objective import LOG_RATIO_BOUND
-from rft_kernels.policy_config import DEFAULT_CONFIG, PolicyConfig
+_LOG_RATIO_BOUND = 20.0
+
+
+class Config(NamedTuple):
+    """The choices of a loss and their defaults, by the names of `rft_kernels.PolicyConfig`."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    prefix_clip: str | tuple[float, float] = "same"
+    importance_level: str = "token"
+    importance_cap: float | None = None
+    entropy_coef: float = 0.0
+    kl: str = "none"
+    kl_coef: float = 0.0
+
+
+DEFAULT_CONFIG = Config()
 
 
 def policy_objective(
@@ -14,7 +32,7 @@ def policy_objective(
     loss_mask: Tensor,
     *,
     normalizer: float | Tensor,
-    config: PolicyConfig = DEFAULT_CONFIG,
+    config: Config = DEFAULT_CONFIG,
     entropy: Tensor | None = None,
     prefix_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -22,7 +40,7 @@ def policy_objective(
     ref_log_probs: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One sequence at a time, only the tokens of the loss gathered."""
-    shape, bound = log_probs.shape, LOG_RATIO_BOUND
+    shape, bound = log_probs.shape, _LOG_RATIO_BOUND
     prefix = torch.zeros_like(loss_mask) if prefix_mask is None else prefix_mask
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()

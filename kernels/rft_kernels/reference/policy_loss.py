@@ -5,10 +5,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from rft_kernels.policy_config import DEFAULT_CONFIG, PolicyConfig
-from rft_kernels.policy_loss import PolicyLoss
+from rft_kernels.results import PolicyLoss
 
-from .objective import policy_objective
+from .objective import DEFAULT_CONFIG, Config, policy_objective
 from .selection import select_top_entropy
 from .token_stats import token_stats
 
@@ -24,7 +23,7 @@ def prefix_rft_loss(
     prefix_mask: Tensor | None,
     *,
     normalizer: float | Tensor,
-    config: PolicyConfig = DEFAULT_CONFIG,
+    config: Config = DEFAULT_CONFIG,
     temperature: float | Tensor = 1.0,
     fraction: Fraction | float | str = _FIFTH,
     cu_seqlens: Tensor | None = None,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rft_kernels.token_stats import TokenStats
+from rft_kernels.results import TokenStats
 
 
 def token_stats(

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import row_launch
-from ._online import LOG2_E, divide, exponent, join_lanes, soft_cap, start_lanes, take_tile
-from .torch_backend import stats_dtype
+from rft_kernels.results import stats_dtype
+
+from .launch import row_launch
+from .online import LOG2_E, divide, exponent, join_lanes, soft_cap, start_lanes, take_tile
 
 NUM_SAVED = 2  # a row's maximum, and its sum of e^(z - max)
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._head import Grads, Head, split_rows
-from ._tokens import Tokens
-from .objective import evaluate
-from .policy_config import PolicyConfig
-from .torch_backend import at
+from rft_kernels.objective import PolicyConfig, Tokens, evaluate
+from rft_kernels.rows import at
+
+from .grads import Grads
+from .tiles import Head, split_rows
 
 
 def stats_pass(
@@ -69,7 +69,7 @@ def policy_pass(
     for tile, logits in head.tiles(rows, buffer):
         head.stats(tile, logits, valid, out)
         h = entropy[tile]
-        result = evaluate(log_probs[tile], h, tokens.at(tile), config)
+        result = evaluate(log_probs[tile], h, tokens.at(tile), config, head.backend)
         dlogits = head.grad(tile, logits, h, saved[tile], result.dlog_probs, result.dentropy)
         grads.add(tile, dlogits)
     for tile, logits in head.tiles(others, buffer):

@@ -1,21 +1,13 @@
 """What a token brings to its loss beside log_prob and entropy: checked, flattened, cut by rows."""
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _check
+from rft_kernels import _check
+
 from .policy_config import PolicyConfig
-
-_HAS_TRITON = find_spec("triton") is not None
-_interpret = False  # for tests: serve tensors on a CPU too, by Triton's interpreter
-
-
-def uses_triton(like: Tensor) -> bool:
-    """Whether the O(T) ops on such a tensor are Triton kernels, which know 32 bits at most."""
-    return _HAS_TRITON and (like.is_cuda or _interpret) and like.dtype != torch.float64
 
 
 class Tokens(NamedTuple):
@@ -30,6 +22,15 @@ class Tokens(NamedTuple):
 
     def at(self, rows: slice | Tensor) -> "Tokens":
         return Tokens(*(None if x is None else x[rows] for x in self))
+
+
+class Evaluation(NamedTuple):
+    """The sum over tokens, and its derivatives, 0 outside the loss."""
+
+    loss: Tensor  # 0-dim
+    dlog_probs: Tensor  # [T]
+    dentropy: Tensor | None  # [T]; None: the loss does not see the entropy
+    metrics: dict[str, Tensor]  # 0-dim
 
 
 def check_scale(config: PolicyConfig, normalizer: float | Tensor) -> None:

@@ -1,9 +1,27 @@
 """What the loss of a token is: the choices of E4 to E7."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
-from . import _check
+from rft_kernels import _check
+
+SUMS = (
+    "loss",
+    "num_tokens",
+    "num_prefix",
+    "num_selected",
+    "num_dropped",
+    "clipped_low",
+    "clipped_high",
+    "clipped_dual",
+    "ratio_sum",
+    "ratio_max",
+    "approx_kl_sum",
+    "entropy_sum",
+    "kl_sum",
+)
+LOG_RATIO_BOUND = 20.0  # e^20 = 5e8: finite in every dtype's sums; beyond it a ratio has no slope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +57,13 @@ class PolicyConfig:
     @property
     def uses_kl(self) -> bool:
         return self.kl != "none" and self.kl_coef != 0
+
+    @property
+    def ratio_bounds(self) -> list[float]:
+        """Lowest and highest ratio of ordinary tokens, then of prefix tokens."""
+        own = self.clip_low, self.clip_high
+        other = {"same": own, "none": (inf, inf)}.get(self.prefix_clip, self.prefix_clip)
+        return [bound for low, high in (own, other) for bound in (1 - low, 1 + high)]
 
     @property
     def depends_on_row_alone(self) -> bool:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _backends, _check
-from .token_stats import check_rows
+from rft_kernels import _check, _dispatch
+from rft_kernels.rows import check_rows
 
 
 def check_inputs(
@@ -62,7 +62,7 @@ def check_inputs(
         None if softcap is None else float(softcap),
         vocab_size,
         workspace_bytes,
-        _backends.resolve(backend, hidden.device),
+        _dispatch.resolve(backend, hidden.device),
     )
     return arguments, valid.reshape(-1), shard
 
@@ -74,7 +74,7 @@ def _own_shard(
     low_rank: tuple[Tensor, Tensor] | None,
     process_group: ProcessGroup | None,
 ) -> tuple:
-    from ._vocab_parallel import own_shard
+    from .vocab_parallel import own_shard
 
     if hasattr(hidden, "device_mesh"):
         raise TypeError("hidden must be a plain tensor, the same on all ranks, got a DTensor")

@@ -7,12 +7,13 @@ Counts are integers, so the atomic additions give the same bits in any order.
 """
 
 from fractions import Fraction
-from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .ranks import Ranks
 
 TILE = 2048  # tokens a program looks at together
 MAX_PROGRAMS = 512  # of a pool; a power of 2
@@ -20,15 +21,6 @@ SMALL_POOL = 8192  # tokens up to which one program is enough
 
 _BINS = tl.constexpr(256)
 _NUM_DIGITS = tl.constexpr(4)
-
-
-class Ranks(Protocol):
-    """Sums of `counts` (int64) over the ranks of a process group, in place."""
-
-    def add(self, counts: Tensor) -> None: ...
-
-    def add_and_rank(self, counts: Tensor) -> Tensor:
-        """Also returns the sum over the ranks before this one."""
 
 
 @triton.jit

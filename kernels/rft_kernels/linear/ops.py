@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _backends
-from ._head import make_head, wanted_results
-from ._passes import grad_pass, policy_pass, stats_pass
-from ._tokens import Tokens
-from .policy_config import PolicyConfig
-from .torch_backend import stats_dtype
+from rft_kernels.objective import PolicyConfig, Tokens
+from rft_kernels.results import stats_dtype
+from rft_kernels.rows import new_stats
+
+from .grads import wanted_results
+from .passes import grad_pass, policy_pass, stats_pass
+from .tiles import make_head
 
 NUM_TENSORS = 4  # that may need a gradient lead every op: hidden, weight, low_rank, bias
 _NUM_HEAD = 11  # arguments of make_head, which lead those of every op
@@ -43,7 +44,7 @@ def token_stats_fwd(
 
 @token_stats_fwd.register_fake
 def _(hidden, *arguments):
-    return _backends.new_stats(hidden, len(hidden), arguments[9])
+    return new_stats(hidden, len(hidden), arguments[9])
 
 
 @torch.library.custom_op("rft_kernels::linear_token_stats_bwd", mutates_args=("dweight",))
@@ -175,7 +176,7 @@ def policy(
 
 @policy.register_fake
 def _(hidden, weight, low_rank, *arguments):
-    stats = _backends.new_stats(hidden, len(hidden), arguments[7])
+    stats = new_stats(hidden, len(hidden), arguments[7])
     return *stats[:2], *_fake_grads(hidden, weight, low_rank, arguments[-1])
 
 

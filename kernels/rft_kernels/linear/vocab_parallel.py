@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from . import _backends, _linear_ops
-from ._head import Head, make_head
-from ._passes import grad_pass, policy_pass, stats_pass
-from .torch_backend import at
+from rft_kernels.rows import at, row_backend
+
+from . import ops
+from .passes import grad_pass, policy_pass, stats_pass
+from .tiles import Head, make_head
 
 _LOWEST_SHIFT = -1e4  # e^x is 0 long before, in float64 too, so that 0 * log 0 is 0
 
@@ -63,7 +64,7 @@ class ShardedHead(Head):
             nothing = logits.new_zeros(len(tile))
             return nothing - torch.inf, nothing, nothing
         largest, column = logits.max(-1)
-        minus_log_total, entropy, _ = _backends.module(self.backend).row_stats(
+        minus_log_total, entropy, _ = row_backend(self.backend).row_stats(
             logits, column, marked, at(self.temperature, tile), self.softcap, self.scratch_bytes
         )
         some = largest > -torch.inf
@@ -108,7 +109,7 @@ def _make_head(
 
 
 class _TokenStats(torch.autograd.Function):
-    """`_linear_ops.token_stats_fwd`; the shard comes last."""
+    """`ops.token_stats_fwd`; the shard comes last."""
 
     @staticmethod
     def forward(*arguments):
@@ -118,27 +119,27 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         *arguments, ctx.shard = inputs
-        _linear_ops.setup_context(ctx, arguments, output)
+        ops.setup_context(ctx, arguments, output)
 
     @staticmethod
     def backward(ctx, *doutputs):
         def gradient(*arguments):
-            head, rows = _linear_ops.split_head(arguments)
+            head, rows = ops.split_head(arguments)
             return grad_pass(_make_head(ctx.shard, *head), len(head[1]), *rows)
 
-        return *_linear_ops.backward(ctx, *doutputs, gradient=gradient), None
+        return *ops.backward(ctx, *doutputs, gradient=gradient), None
 
 
 def token_stats(shard: Shard, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """`_linear_ops.token_stats_fwd` over ranks."""
+    """`ops.token_stats_fwd` over ranks."""
     return _TokenStats.apply(*arguments, shard)
 
 
 @torch.no_grad()
 def policy(shard: Shard, *arguments) -> tuple[Tensor, ...]:
-    """`_linear_ops.policy` over ranks, with tokens and config as they are."""
+    """`ops.policy` over ranks, with tokens and config as they are."""
     *head_and_rows, tokens, config, needs = arguments
-    head, rows = _linear_ops.split_head(head_and_rows)
+    head, rows = ops.split_head(head_and_rows)
     return policy_pass(_make_head(shard, *head), len(head[1]), *rows, tokens, config, needs)
 
 

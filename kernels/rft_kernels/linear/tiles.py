@@ -1,17 +1,19 @@
-"""A projection to logits, a tile of rows at a time, and the sums of its gradients (E9).
+"""A projection to logits, a tile of rows at a time (E9).
 
 T rows, V classes, D hidden size, R that of a low-rank term. One buffer of `[tile_rows, V]` serves
 all tiles.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import _backends, _gemm
-from .torch_backend import at, default_scratch, row_bytes, stats_dtype
+from rft_kernels.results import stats_dtype
+from rft_kernels.rows import at, default_scratch, new_stats, row_backend, row_bytes
+
+from . import gemm
 
 # Enough rows that reading and writing dW once a tile is small beside the tile's GEMMs.
 _TILE_ROWS = {"cpu": 448, "cuda": 2048}
@@ -41,7 +43,7 @@ class Head:
 
     @property
     def operand_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        return _gemm.operand_dtypes(self.hidden.dtype, self.dtype, self.hidden.device)
+        return gemm.operand_dtypes(self.hidden.dtype, self.dtype, self.hidden.device)
 
     def parts(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What meets the weight, and what meets the low-rank term."""
@@ -70,9 +72,9 @@ class Head:
         dtype, _ = self.operand_dtypes
         hidden, inner = self.parts(self.hidden[tile].to(dtype))
         for classes, weight in self.pieces(dtype):
-            _gemm.mm(hidden, weight.t(), out[:, classes])
+            gemm.mm(hidden, weight.t(), out[:, classes])
         if self.low_rank is not None:
-            _gemm.addmm(inner, self.low_rank.t().to(dtype), out)
+            gemm.addmm(inner, self.low_rank.t().to(dtype), out)
         return out if self.bias is None else out.add_(self.bias)
 
     def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -88,11 +90,11 @@ class Head:
 
     def new_stats(self) -> tuple[Tensor, Tensor, Tensor]:
         """Zeros for log_probs [T], entropy [T] and what the backend saves [T, k]."""
-        return _backends.new_stats(self.hidden, len(self.hidden), self.backend)
+        return new_stats(self.hidden, len(self.hidden), self.backend)
 
     def stats(self, tile: Tensor, logits: Tensor, valid: Tensor, out: tuple[Tensor, ...]) -> None:
         """Writes the statistics of a tile into those of all rows."""
-        found = _backends.module(self.backend).row_stats(
+        found = row_backend(self.backend).row_stats(
             logits, self.targets[tile], valid[tile], at(self.temperature, tile), self.softcap,
             self.scratch_bytes,
         )  # fmt: skip
@@ -106,7 +108,7 @@ class Head:
         """
         _, dtype = self.operand_dtypes
         out = logits if logits.dtype == dtype else self._new_rows(len(logits), dtype)
-        _backends.module(self.backend).row_grad(
+        row_backend(self.backend).row_grad(
             out, logits, self.targets[tile], at(self.temperature, tile), self.softcap, *rows,
             self.scratch_bytes,
         )  # fmt: skip
@@ -114,66 +116,6 @@ class Head:
 
     def share(self, dhidden: Tensor) -> None:
         """Called with the whole gradient of the hidden states."""
-
-
-class Grads:
-    """Sums of the gradients over tiles, in the dtype of the statistics; only those asked for."""
-
-    def __init__(
-        self, head: Head, needs: Sequence[bool], num_classes: int, dweight: Tensor | None = None
-    ) -> None:
-        """`dweight`: the gradient of the weight is added to it, and is not among the results."""
-        hidden = head.hidden
-        shapes = [hidden.shape, (num_classes, head.weight.shape[1]), (0,), (num_classes,)]
-        if head.low_rank is not None:
-            shapes[2] = (num_classes, head.low_rank.shape[1])
-        # The weight's, by far the largest, is written by the first tile.
-        wanted = wanted_results(needs, dweight)
-        new = (hidden.new_zeros, hidden.new_empty, hidden.new_zeros, hidden.new_zeros)
-        self._sums = [
-            make(shape if need else 0, dtype=head.dtype)
-            for make, shape, need in zip(new, shapes, wanted, strict=True)
-        ]
-        self._head, self._needs, self._dweight = head, needs, dweight
-        self._num_tiles = 0
-
-    def add(self, tile: Tensor, dlogits: Tensor) -> None:
-        head, (dhidden, dweight, dlow_rank, dbias) = self._head, self._sums
-        hidden, inner = head.parts(head.hidden[tile].to(dlogits.dtype))
-        num_classes = len(head.weight)
-        for_hidden, for_weight, for_low_rank, for_bias = self._needs
-        if for_hidden:
-            rows = dhidden.new_zeros(len(tile), dhidden.shape[1])
-            drows, dinner = head.parts(rows)
-            for classes, weight in head.pieces(dlogits.dtype):
-                _gemm.addmm(dlogits[:, classes], weight, drows)
-            if head.low_rank is not None:
-                _gemm.addmm(dlogits, head.low_rank.to(dlogits.dtype), dinner)
-            dhidden[tile] = rows
-        if for_weight and self._dweight is not None:
-            _gemm.addmm(dlogits.t(), hidden, self._dweight[:num_classes])
-        elif for_weight:
-            product = _gemm.addmm if self._num_tiles else _gemm.mm
-            product(dlogits.t(), hidden, dweight[:num_classes])
-        if for_low_rank:
-            _gemm.addmm(dlogits.t(), inner, dlow_rank[:num_classes])
-        if for_bias:
-            dbias[:num_classes] += dlogits.sum(0, dtype=dbias.dtype)
-        self._num_tiles += 1
-
-    def finish(self) -> tuple[Tensor, ...]:
-        """Gradients of hidden states, weight, low-rank term and bias; empty if not asked for."""
-        dhidden, dweight = self._sums[:2]
-        dweight[len(self._head.weight) if self._num_tiles else 0 :] = 0
-        if self._needs[0]:
-            self._head.share(dhidden)
-        return tuple(self._sums)
-
-
-def wanted_results(needs: Sequence[bool], dweight: Tensor | None) -> list[bool]:
-    """Which gradients are results of a pass: the weight's only without a buffer to add it to."""
-    for_hidden, for_weight, *others = needs
-    return [for_hidden, for_weight and dweight is None, *others]
 
 
 def row_stride(num_classes: int, device: torch.device) -> int:
@@ -197,7 +139,7 @@ def make_head(
 ) -> Head:
     """Shares the workspace out: a tile of logits, and scratch for the primitive or the weight."""
     dtype = stats_dtype(hidden.dtype)
-    operands = _gemm.operand_dtypes(hidden.dtype, dtype, hidden.device)
+    operands = gemm.operand_dtypes(hidden.dtype, dtype, hidden.device)
     scratch = 0
     if backend == "torch" or operands[1] != hidden.dtype:
         scratch = min(default_scratch(hidden.device), workspace_bytes // 4)

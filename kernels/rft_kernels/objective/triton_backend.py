@@ -1,6 +1,6 @@
 """The loss of a token, its derivatives and the metrics in one pass, summed by a second (E4 to E8).
 
-T tokens, B sequences, N programs, M sums. The mathematics is that of `objective.py`, in float32.
+T tokens, B sequences, N programs, M sums. The mathematics of `torch_backend.py`, in float32.
 Token ratios: every input read once, one derivative (two with an entropy bonus) written, 4 bytes a
 token each, 1 a mask. Ratios of sequences: a program a sequence, the inputs read three times. Sums
 are formed of the programs' partial sums in a fixed order: no atomics.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .objective import LOG_RATIO_BOUND, SUMS
+from .policy_config import LOG_RATIO_BOUND, SUMS
 
 TILE = 512  # tokens a program looks at together
 

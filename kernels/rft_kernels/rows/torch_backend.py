@@ -12,15 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rft_kernels.results import stats_dtype
+
 # On a CPU what a last-level cache holds; on a device enough that launches do not count.
 _SCRATCH_BYTES = {"cpu": 2**24, "cuda": 2**28}
 _COPIES = 4  # block-sized tensors alive at once: logits, slope, p, log p
 NUM_SAVED = 0  # numbers a row that row_grad wants back from row_stats
 _LOWEST_LOG_P = -1e4  # e^x is 0 long before, in float64 too, so that 0 * log 0 is 0
-
-
-def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_bytes(vocab_size: int, dtype: torch.dtype) -> int:

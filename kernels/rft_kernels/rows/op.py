@@ -4,20 +4,16 @@ T rows, V classes. Reads T V elements forward; backward reads and writes the row
 gradients are not both zero.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _backends, _check
+from rft_kernels import _check, _dispatch
+from rft_kernels.results import TokenStats
+
+from .backends import new_stats, row_backend
 from .torch_backend import default_scratch
-
-
-class TokenStats(NamedTuple):
-    """What the policy thinks of each token: both `[...]`, float32 (float64 for float64 logits)."""
-
-    log_probs: Tensor  # of the target, nats
-    entropy: Tensor  # of the whole distribution, nats
 
 
 def matrices(logits: Tensor) -> list[Tensor]:
@@ -51,7 +47,7 @@ def _token_stats_fwd(
     parts = [matrix[:, :vocab_size] for matrix in matrices(logits)]
     t = temperature if row_temperature is None else row_temperature
     per_row = row_slices(t, targets, valid, sizes=[len(part) for part in parts])
-    row_stats = _backends.module(backend).row_stats
+    row_stats = row_backend(backend).row_stats
     scratch = default_scratch(logits.device)
     stats = [
         row_stats(part, targets, valid, t, None, scratch)
@@ -62,7 +58,7 @@ def _token_stats_fwd(
 
 @_token_stats_fwd.register_fake
 def _(logits, targets, *options):
-    return _backends.new_stats(logits, len(targets), options[-1])
+    return new_stats(logits, len(targets), options[-1])
 
 
 def _write_grad(
@@ -73,7 +69,7 @@ def _write_grad(
         outs = out.view(-1, out.shape[-1]).split([len(part) for part in parts])
     t = temperature if row_temperature is None else row_temperature
     per_row = row_slices(t, targets, *rows, sizes=[len(part) for part in parts])
-    row_grad = _backends.module(backend).row_grad
+    row_grad = row_backend(backend).row_grad
     scratch = default_scratch(logits.device)
     for part, into, (t, targets, *rest) in zip(parts, outs, per_row, strict=True):
         row_grad(into[:, :vocab_size], part[:, :vocab_size], targets, t, None, *rest, scratch)
@@ -201,7 +197,7 @@ def token_stats(
         1.0 if per_row else float(temperature),
         vocab_size,
         inplace_backward,
-        _backends.resolve(backend, logits.device),
+        _dispatch.resolve(backend, logits.device),
     )
     return TokenStats(log_probs.view(shape), entropy.view(shape))
 

@@ -14,21 +14,22 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _linear_ops
-from ._linear_inputs import check_dweight, check_inputs
-from .policy_config import DEFAULT_CONFIG, PolicyConfig
-from .policy_loss import PolicyLoss, finish_loss, plan_loss
-from .selection import FIFTH
-from .token_stats import TokenStats
+from rft_kernels.objective import DEFAULT_CONFIG, PolicyConfig
+from rft_kernels.policy_loss import finish_loss, plan_loss
+from rft_kernels.results import PolicyLoss, TokenStats
+from rft_kernels.selection import FIFTH
+
+from . import ops
+from .inputs import check_dweight, check_inputs
 
 
 def _ops(shard: Any) -> tuple[Callable, Callable]:
     """Statistics, and loss with gradients: on one rank, or over those that share the classes."""
     if shard is None:
-        return _linear_ops.token_stats_fwd, _linear_ops.policy_of
-    from . import _vocab_parallel
+        return ops.token_stats_fwd, ops.policy_of
+    from . import vocab_parallel
 
-    return partial(_vocab_parallel.token_stats, shard), partial(_vocab_parallel.policy, shard)
+    return partial(vocab_parallel.token_stats, shard), partial(vocab_parallel.policy, shard)
 
 
 def linear_token_stats(
@@ -148,7 +149,7 @@ def linear_prefix_rft_loss(
     )  # fmt: skip
     known_rows = plan.selected is not None
     only_active = stats == "active" and known_rows
-    inputs = arguments[: _linear_ops.NUM_TENSORS]
+    inputs = arguments[: ops.NUM_TENSORS]
     needs = [x is not None and x.requires_grad for x in inputs]
     gradient = None
     if known_rows and config.depends_on_row_alone and any(needs) and torch.is_grad_enabled():
@@ -164,5 +165,5 @@ def linear_prefix_rft_loss(
         )
     return finish_loss(
         plan, TokenStats(log_probs, entropy), shape, normalizer=normalizer, fraction=fraction,
-        cu_seqlens=cu_seqlens, gradient=gradient,
+        cu_seqlens=cu_seqlens, backend=backend, gradient=gradient,
     )  # fmt: skip
