@@ -33,12 +33,12 @@ from bench.device import optional, versions
 from bench.harness import MIB, machine, require_triton, spread, write_rows
 from bench.policy_loss import clipped_sum
 from bench.rivals import TRL_CHUNK
-from prefix_rft.config import OptimizerConfig
+from prefix_rft.config.config import OptimizerConfig
 from prefix_rft.data_types import Rollout, TrainBatch, TrainRow
-from prefix_rft.lora import add_adapters
-from prefix_rft.model import Policy
-from prefix_rft.optimizer import make_optimizer
-from prefix_rft.packing import pack
+from prefix_rft.model.lora import add_adapters
+from prefix_rft.model.policy import Policy
+from prefix_rft.train.optimizer import make_optimizer
+from prefix_rft.train.packing import pack
 
 # Of Qwen2.5: what differs between its sizes.
 _FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -1,3 +1,1 @@
-"""Prefix-RFT: RL fine-tuning in which one rollout of a group starts inside a demonstration."""
-
-__version__ = "0.1.0"
+"""Prefix-RFT: blending supervised and reinforcement fine-tuning (arXiv 2507.01679)."""

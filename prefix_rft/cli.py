@@ -12,7 +12,8 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from prefix_rft.config import Config, UserError, load_config
+from prefix_rft.checks import UserError
+from prefix_rft.config import Config, load_config
 
 Overrides = Annotated[Config, arg(name="")]
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]
@@ -33,9 +34,7 @@ class Train:
     overrides: Overrides
 
     def run(self) -> int:
-        from prefix_rft.checkpoint import list_checkpoints
-        from prefix_rft.interrupt import Stopped
-        from prefix_rft.run import train
+        from prefix_rft.train import Stopped, list_checkpoints, train
 
         run_dir = self.overrides.run_dir
         if not self.resume and list_checkpoints(run_dir):
@@ -64,7 +63,7 @@ class Eval:
     overrides: Overrides
 
     def run(self) -> int:
-        from prefix_rft.run import evaluate_model
+        from prefix_rft.train import evaluate_model
 
         path = self.model
         if _is_run_folder(path):
@@ -92,7 +91,7 @@ class Serve:
     overrides: Overrides
 
     def run(self) -> int:
-        from prefix_rft.serve import serve
+        from prefix_rft.rollout.serve import serve
 
         serve(self.overrides, host=self.host, port=self.port)
         return 0
@@ -110,7 +109,7 @@ class Export:
     """Steps done at the checkpoint; None: the newest."""
 
     def run(self) -> int:
-        from prefix_rft.run import export_checkpoint
+        from prefix_rft.train import export_checkpoint
 
         export_checkpoint(self.run_dir, self.step, self.out)
         print(f"wrote {self.out}")
@@ -125,7 +124,7 @@ class Report:
     """The folder of a run."""
 
     def run(self) -> int:
-        from prefix_rft.view.report import write_report
+        from prefix_rft.metrics import write_report
 
         print(f"wrote {write_report(self.run_dir)}")
         return 0
@@ -144,7 +143,7 @@ class Doctor:
     overrides: Overrides
 
     def run(self) -> int:
-        from prefix_rft.view.doctor import print_diagnosis, print_memory
+        from prefix_rft.doctor import print_diagnosis, print_memory
 
         for option in ("num_processes", "device_gib"):
             value = getattr(self, option)
@@ -220,7 +219,7 @@ def _print_results(summary: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from prefix_rft.view.summary import COLUMNS, result_rows
+    from prefix_rft.metrics import COLUMNS, result_rows
 
     table = Table()
     for column in COLUMNS:

@@ -6,11 +6,14 @@ Token ids are plain tuples until `TrainBatch`, the first thing that lives in ten
 Shape letters: T tokens of all rows laid end to end, B rows.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 FinishReason = Literal["stop", "length"]
 RewardStatus = Literal["correct", "wrong", "no_answer", "timeout", "error"]

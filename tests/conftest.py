@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from prefix_rft.config import save_config
-from tests.vllm_cases import PYTHON, ROOT, environment, learning_run, skip_without_vllm
+from tests.rollout.vllm_cases import PYTHON, ROOT, environment, learning_run, skip_without_vllm
 
 torch.set_num_threads(1)
 
@@ -90,7 +90,7 @@ def tiny_model(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def measure(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
-    """A function that runs a scenario of tests/vllm_worker.py, once, and returns what it found."""
+    """A function that runs a scenario of vllm_worker.py, once, and returns what it found."""
     skip_without_vllm()
     ended: dict[tuple, tuple[subprocess.CompletedProcess, Path]] = {}
 
@@ -99,7 +99,7 @@ def measure(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
         if key not in ended:
             out = tmp_path_factory.mktemp(scenario) / "found.json"
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            command = ["tests/vllm_worker.py", scenario, out, *arguments]
+            command = ["tests/rollout/vllm_worker.py", scenario, out, *arguments]
             if num_ranks > 1:
                 command = [*launcher, num_ranks, *command]
             process = subprocess.run(

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from prefix_rft import cli
-from prefix_rft.config import Config, DataConfig, UserError, save_config
-from prefix_rft.interrupt import Stopped
+from prefix_rft.checks import UserError
+from prefix_rft.config import Config, save_config
+from prefix_rft.config.sections import DataConfig
+from prefix_rft.train.interrupt import Stopped
 
 
 @pytest.fixture
@@ -36,9 +38,10 @@ def calls(monkeypatch) -> list:
         calls.append((config, resume))
         return {"base": {"greedy": 0.25}, "trained": {"greedy": 0.75}}
 
-    module("prefix_rft.checkpoint", list_checkpoints=list_checkpoints)
     module(
-        "prefix_rft.run",
+        "prefix_rft.train",
+        Stopped=Stopped,
+        list_checkpoints=list_checkpoints,
         train=train,
         evaluate_model=lambda config, path: calls.append((config, path)) or {"greedy": 0.5},
         export_checkpoint=lambda *arguments: calls.append(arguments),
@@ -146,7 +149,7 @@ def test_user_errors_are_one_line_and_all_others_keep_their_traceback(
         def train(config: Config, resume: bool) -> None:
             raise error
 
-        monkeypatch.setattr(sys.modules["prefix_rft.run"], "train", train)
+        monkeypatch.setattr(sys.modules["prefix_rft.train"], "train", train)
         return cli.main(["train", toml])
 
     assert run(UserError("no such data")) == 2

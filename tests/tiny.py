@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from prefix_rft.config import Config, config_from_dict
 from prefix_rft.data_types import Problem
-from prefix_rft.model import Policy
-from prefix_rft.reward import Score
+from prefix_rft.model.policy import Policy
+from prefix_rft.reward.reward import Score
 from prefix_rft.rollout.transformers_engine import TransformersEngine
-from prefix_rft.trainer import Trainer
+from prefix_rft.train.trainer import Trainer
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+-= \n"

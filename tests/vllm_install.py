@@ -1,4 +1,4 @@
-"""Sets up .venv-vllm for tests/test_vllm.py: a rebuild of vLLM for machines without CUDA.
+"""Sets up .venv-vllm for tests/rollout/test_vllm.py: a rebuild of vLLM for machines without CUDA.
 
     vllm_install.py REQUIREMENT
 
@@ -39,7 +39,9 @@ def main(requirement: str) -> None:
     if error is not None:
         shutil.rmtree(PYTHON.parent)
         FAILED.write_text(f"pip install {requirement}: {error}\n")
-        print(f"tests/test_vllm.py will skip most of its tests: {FAILED.read_text()}", end="")
+        print(
+            f"tests/rollout/test_vllm.py will skip most of its tests: {FAILED.read_text()}", end=""
+        )
         return
     error = _pip("uninstall", "--yes", *CUDA_BUILDS)
     if error is not None:

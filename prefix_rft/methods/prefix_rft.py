@@ -7,8 +7,8 @@ import torch
 from rft_kernels import select_top_entropy
 
 from prefix_rft.data_types import Problem, RolloutRequest, TrainBatch
+from prefix_rft.methods.prefix import cut_prefix, prefix_window
 from prefix_rft.methods.rft import RFT
-from prefix_rft.prefix import cut_prefix, prefix_window
 
 
 class PrefixRFT(RFT):

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 import torch
 from rft_kernels import PolicyConfig, PolicyLoss
 
-from prefix_rft.advantage import group_advantages
 from prefix_rft.config import Config
 from prefix_rft.data_types import Group, Problem, RolloutRequest, TrainBatch, TrainRow
+from prefix_rft.methods.advantage import group_advantages
 from prefix_rft.model import Policy
 
 

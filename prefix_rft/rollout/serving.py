@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from prefix_rft.model import Policy
-from prefix_rft.rollout import RolloutEngine
+from prefix_rft.rollout.engine import RolloutEngine
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from prefix_rft.data_types import Completion, RolloutRequest
-from prefix_rft.rollout import OnDone, check_call
+from prefix_rft.rollout.engine import OnDone, check_call
 
 _NOT_FORCED = -1  # in place of a token id
 _COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are dropped from the cache

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefix_rft.config import ConfigError, VLLMConfig
+from prefix_rft.checks import ConfigError
+from prefix_rft.config import VLLMConfig
 from prefix_rft.data_types import Completion, RolloutRequest
-from prefix_rft.rollout import OnDone, check_call
+from prefix_rft.model import full_weights
+from prefix_rft.rollout.engine import OnDone, check_call
 from prefix_rft.rollout.vllm_options import (
     engine_options,
     import_vllm,
@@ -24,7 +26,6 @@ from prefix_rft.rollout.vllm_options import (
     weight_dtype,
     write_model_config,
 )
-from prefix_rft.weights import full_weights
 
 _MIB = 2**20
 _Job = tuple[RolloutRequest, int]  # what to generate, and the seed of its random stream

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from prefix_rft.config import ConfigError, VLLMConfig
+from prefix_rft.checks import ConfigError
+from prefix_rft.config import VLLMConfig
 from prefix_rft.data_types import RolloutRequest
 
 _MIB = 2**20

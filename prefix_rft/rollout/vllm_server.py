@@ -14,10 +14,11 @@ from requests import RequestException
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefix_rft.config import ConfigError, VLLMConfig
+from prefix_rft.checks import ConfigError
+from prefix_rft.config import VLLMConfig
 from prefix_rft.data_types import Completion, RolloutRequest
-from prefix_rft.distributed import attempt
-from prefix_rft.rollout import EngineError, OnDone, check_call
+from prefix_rft.model import attempt, full_weights, weight_shapes
+from prefix_rft.rollout.engine import EngineError, OnDone, check_call
 from prefix_rft.rollout.vllm_options import (
     import_vllm,
     request_seed,
@@ -27,7 +28,6 @@ from prefix_rft.rollout.vllm_options import (
     unties_weights,
     weight_dtype,
 )
-from prefix_rft.weights import full_weights, weight_shapes
 
 T = TypeVar("T")
 _MIB = 2**20

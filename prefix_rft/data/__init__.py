@@ -1,0 +1,10 @@
+"""Rows of a dataset to problems; the testbed, and the small base model that is made here."""
+
+from prefix_rft.data.base_model import resolve_base
+from prefix_rft.data.problems import batch_indices, load_problems
+
+__all__ = [
+    "batch_indices",
+    "load_problems",
+    "resolve_base",
+]

@@ -1,0 +1,307 @@
+"""Rows -> problems: tokenising, dropping what is unusable, and the order of training."""
+
+import dataclasses
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import datasets
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from prefix_rft.config import Config, DataConfig
+from prefix_rft.data.columns import DataError, Message, Row, find_map
+from prefix_rft.data.load_report import Findings, LoadReport
+from prefix_rft.data.sources import load_rows
+from prefix_rft.data.testbed import make_rows
+from prefix_rft.data_types import Problem
+from prefix_rft.reward import Grader, clean_answer, plain_number
+
+_TOKENIZER_BATCH = 256  # texts; the tokenizer holds some hundred bytes a token meanwhile
+_THINK = "<think>\n"
+
+
+class LoadedProblems(NamedTuple):
+    """All problems of a run; the reports are one per source."""
+
+    train: list[Problem]
+    held_out: list[Problem]  # without demonstrations
+    reports: list[LoadReport]
+
+
+def load_problems(config: Config, tokenizer: PreTrainedTokenizerBase) -> LoadedProblems:
+    """The training and the held-out problems of a run.
+
+    The held-out ones are, with `data.eval_path`, at most `data.num_eval` of its problems, evenly
+    spaced; without it, the last `data.num_eval` of `data.path`, or as many made for the testbed.
+
+    Raises:
+        DataError: see `load_rows`, `problems_from_rows`, `split_held_out`.
+    """
+    data = config.data
+
+    def tokenized(rows: Iterable[Row], **options: Any) -> list[Problem]:
+        problems, report = problems_from_rows(
+            rows,
+            data,
+            tokenizer,
+            max_response_length=config.rollout.max_response_length,
+            check_answers=config.reward.function is None,
+            **options,
+        )
+        reports.append(report)
+        return problems
+
+    reports: list[LoadReport] = []
+    made_rows: list[Row] = []
+    if data.path == "testbed":
+        rows, made_rows = make_rows(config.testbed, data.num_eval, config.seed)
+    else:
+        rows = load_rows(data.path, data.split)
+    train = tokenized(rows, source=data.path)
+    if data.eval_path is not None:
+        rows = load_rows(data.eval_path, data.eval_split, key="data.eval_path")
+        held_out = tokenized(rows, source=data.eval_path, held_out=True)
+        count = min(data.num_eval, len(held_out))
+        held_out = [held_out[i * len(held_out) // count] for i in range(count)]
+    elif made_rows:
+        held_out = tokenized(made_rows, source=f"{data.path}, held out", held_out=True)
+    else:
+        train, held_out = split_held_out(train, data.num_eval)
+        held_out = keep_demonstrations(held_out, 0.0, config.seed)
+    train = keep_demonstrations(train, data.demonstration_fraction, config.seed)
+    return LoadedProblems(train, held_out, reports)
+
+
+def problems_from_rows(
+    rows: Iterable[Row],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_response_length: int,
+    check_answers: bool = True,
+    held_out: bool = False,
+    source: str = "rows",
+) -> tuple[list[Problem], LoadReport]:
+    """Tokenised problems, in the order of the rows, and what became of the rows that are none.
+
+    A prompt is rendered by the chat template and tokenised as it stands; a demonstration is
+    tokenised on its own, without the `<think>` line that the template may have written already.
+    Neither gets special tokens.
+
+    Args:
+        rows: a `datasets.Dataset`, or dicts with the keys of the first.
+        config: the section `[data]`.
+        tokenizer: with a chat template.
+        max_response_length: of a rollout, in tokens; a demonstration must leave one token of it.
+        check_answers: drop rows whose gold answer the math grader cannot parse.
+        held_out: rows for evaluation: `eval_columns` count, and demonstrations are not read.
+        source: how the report and messages call the rows.
+
+    Raises:
+        DataError: no rows, unknown columns, no usable row, a tokenizer without a template, or, with
+            `data.strict`, any finding.
+    """
+    rows = rows if isinstance(rows, datasets.Dataset) else list(rows)
+    place = f"{'data.eval_path' if held_out else 'data.path'}: {source}"
+    if len(rows) == 0:
+        raise DataError(f"{place}: no rows")
+    if tokenizer.chat_template is None:
+        raise DataError("the tokenizer has no chat template; give one in model.chat_template")
+    names = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0])
+    key = "eval_columns" if held_out else "columns"
+    layout = find_map(names, getattr(config, key), key=f"data.{key}", source=place)
+
+    findings = Findings()
+    drafts = []
+    for index, row in enumerate(rows):
+        prompt, answer, demonstration = layout.read(row)
+        messages = _messages(prompt, config.system_prompt)
+        if messages is None:
+            findings.add("no_prompt", index, prompt)
+        elif answer is None or not clean_answer(answer):
+            findings.add("no_answer", index, row.get("answer", answer))
+        else:
+            drafts.append(
+                Problem(
+                    index=index,
+                    prompt=_render(messages, tokenizer, index),
+                    prompt_ids=(),
+                    answer=answer,
+                    demonstration=None if held_out else demonstration,
+                    columns=dict(row),
+                )
+            )
+    if check_answers:
+        drafts = _with_parseable_answer(drafts, findings)
+    problems = list(
+        _tokenize(drafts, tokenizer, config.max_prompt_tokens, max_response_length - 1, findings)
+    )
+    report = LoadReport(
+        source=source,
+        layout=layout.name,
+        num_rows=len(rows),
+        num_problems=len(problems),
+        num_demonstrations=sum(bool(problem.demonstration_ids) for problem in problems),
+        findings=findings.listed(),
+    )
+    if not problems:
+        raise DataError(f"{place}: no usable row\n{report}")
+    if config.strict and report.findings:
+        raise DataError(f"refused because of data.strict\n{report}")
+    return problems, report
+
+
+def keep_demonstrations(problems: Sequence[Problem], fraction: float, seed: int) -> list[Problem]:
+    """`problems` with exactly `round(fraction * n)` of their n demonstrations, chosen by `seed`.
+
+    The ones kept at a smaller fraction are among those kept at a larger.
+    """
+    candidates = [i for i, problem in enumerate(problems) if problem.demonstration_ids]
+    random.Random(seed).shuffle(candidates)
+    removed = set(candidates[round(fraction * len(candidates)) :])
+    return [
+        dataclasses.replace(problem, demonstration=None, demonstration_ids=())
+        if i in removed
+        else problem
+        for i, problem in enumerate(problems)
+    ]
+
+
+def split_held_out(
+    problems: Sequence[Problem], num_eval: int
+) -> tuple[list[Problem], list[Problem]]:
+    """The problems for training, and the last `num_eval`.
+
+    Raises:
+        DataError: nothing would be left for training.
+    """
+    if num_eval >= len(problems):
+        raise DataError(
+            f"data.num_eval: expected fewer than the {len(problems)} usable rows, got {num_eval}; "
+            "or name held-out problems by data.eval_path"
+        )
+    return list(problems[:-num_eval]), list(problems[-num_eval:])
+
+
+def batch_indices(num_problems: int, prompts_per_step: int, step: int, seed: int) -> list[int]:
+    """Which problems step `step` (from 0) trains on: pure, so the step is the data position.
+
+    Every epoch is a permutation of its own, and batches run on across their ends; a batch larger
+    than the dataset holds problems more than once.
+
+    Raises:
+        ValueError: a count below 1, or a negative step.
+    """
+    for name, value, least in (
+        ("num_problems", num_problems, 1),
+        ("prompts_per_step", prompts_per_step, 1),
+        ("step", step, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    positions = range(step * prompts_per_step, (step + 1) * prompts_per_step)
+    return [
+        _epoch_order(num_problems, seed, position // num_problems)[position % num_problems]
+        for position in positions
+    ]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_problems: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(num_problems))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order
+
+
+def _messages(prompt: Any, system_prompt: str | None) -> list[Message] | None:
+    """The conversation that a prompt stands for; None if it is not usable."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return None
+    messages = []
+    for message in prompt:
+        if not isinstance(message, Mapping):
+            return None
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
+        messages.append({"role": role, "content": content})
+    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        return None
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+def _render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, row: int) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as error:
+        roles = [message["role"] for message in messages]
+        raise DataError(
+            f"row {row}: the chat template refuses messages of {roles}: {error}"
+        ) from error
+
+
+def _with_parseable_answer(drafts: list[Problem], findings: Findings) -> list[Problem]:
+    golds = {draft.answer: clean_answer(draft.answer) for draft in drafts}
+    hard = [gold for gold in golds.values() if plain_number(gold) is None]
+    if not hard:
+        return drafts
+    # A process takes about half a second to start, and parses some hundred answers a second.
+    num_workers = min(os.cpu_count() or 1, 1 + len(hard) // 200)
+    with Grader(num_workers=num_workers, timeout_s=5.0, memory_mib=1024) as grader:
+        parses = dict(zip(golds, grader.parseable(list(golds.values())), strict=True))
+    for draft in drafts:
+        if not parses[draft.answer]:
+            findings.add("unparseable_answer", draft.index, draft.answer)
+    return [draft for draft in drafts if parses[draft.answer]]
+
+
+def _tokenize(
+    drafts: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    max_demonstration_tokens: int,
+    findings: Findings,
+) -> Iterable[Problem]:
+    # One object for each token id: a dataset has hundreds of millions of them.
+    shared = list(range(max(tokenizer.get_vocab().values()) + 1))
+
+    def ids_of(texts: list[str]) -> list[tuple[int, ...]]:
+        if not texts:
+            return []
+        encoded = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return [tuple(map(shared.__getitem__, ids)) for ids in encoded["input_ids"]]
+
+    for start in range(0, len(drafts), _TOKENIZER_BATCH):
+        batch = drafts[start : start + _TOKENIZER_BATCH]
+        demonstrations = {
+            draft.index: draft.demonstration.removeprefix(_THINK)
+            if draft.prompt.endswith(_THINK)
+            else draft.demonstration
+            for draft in batch
+            if draft.demonstration is not None
+        }
+        demonstration_ids = dict(
+            zip(demonstrations, ids_of(list(demonstrations.values())), strict=True)
+        )
+        for draft, prompt_ids in zip(batch, ids_of([d.prompt for d in batch]), strict=True):
+            if len(prompt_ids) > max_prompt_tokens:
+                findings.add("long_prompt", draft.index, f"{len(prompt_ids)} tokens")
+                continue
+            demonstration = demonstrations.get(draft.index)
+            ids = demonstration_ids.get(draft.index, ())
+            if demonstration is not None and not 2 <= len(ids) <= max_demonstration_tokens:
+                kind = "short_demonstration" if len(ids) < 2 else "long_demonstration"
+                findings.add(kind, draft.index, f"{len(ids)} tokens")
+                demonstration, ids = None, ()
+            yield dataclasses.replace(
+                draft, prompt_ids=prompt_ids, demonstration=demonstration, demonstration_ids=ids
+            )

@@ -1,0 +1,185 @@
+"""The sizes that the memory of a run follows from: of a model without weights, and of its place."""
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from prefix_rft.checks import ConfigError
+from prefix_rft.config import Config
+from prefix_rft.doctor.architectures import SIZES
+from prefix_rft.model import resolve_autocast_dtype, resolve_weight_dtypes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What one process of a run finds."""
+
+    device: torch.device
+    device_bytes: int  # memory of the device; without CUDA, of the machine
+    num_processes: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A parameter, and the group in which it is gathered where processes share the model."""
+
+    group: str
+    shape: tuple[int, ...]
+    itemsize: int  # bytes of one number
+    is_trained: bool
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def local_numel(self, num_shards: int) -> int:
+        """Of the largest of equal slices along the first dimension."""
+        return ceil(self.shape[0] / num_shards) * prod(self.shape[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    weights: tuple[Weight, ...]
+    layers: int
+    hidden: int
+    query: int  # heads x head size
+    key: int  # key-value heads x head size
+    ffn: int
+    vocabulary: int
+    lora_rank: int  # 0: no adapters
+    tokens: int  # of the largest micro-batch
+    sequences: int  # generated at once
+    length: int  # tokens of the longest sequence, prompt included
+    compute_bytes: int  # of one number in a linear layer's input
+    residual_bytes: int  # of one number between two layers
+    source: str  # where the sizes come from
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the model itself, without adapters."""
+        has_adapters = self.lora_rank > 0
+        return sum(w.numel for w in self.weights if not (has_adapters and w.is_trained))
+
+
+def shapes_of(config: Config, place: Place) -> Shapes:
+    """The shapes of a run of `config`.
+
+    Raises:
+        ConfigError: the sizes of the model cannot be read, or it has no layers for adapters.
+    """
+    model_config, source = _model_config(config)
+    loaded, trained = resolve_weight_dtypes(config.model, place.device)
+    compute = resolve_autocast_dtype(config.model, place.device) or trained
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=loaded)
+    adapters: tuple[Weight, ...] = ()
+    if config.model.lora_rank is not None:
+        model.requires_grad_(False)
+        adapters = _adapters(model, config.model.lora_rank, trained)
+    text = model_config.get_text_config()
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    length = config.data.max_prompt_tokens + config.rollout.max_response_length
+    is_sharded = place.num_processes > 1 or config.sharding.cpu_offload
+    return Shapes(
+        weights=_weights(model) + adapters,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        query=heads * head_size,
+        key=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
+        ffn=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+        lora_rank=config.model.lora_rank or 0,
+        tokens=max(config.trainer.micro_batch_tokens, length),
+        sequences=min(
+            config.rollout.max_batch_sequences,
+            ceil(config.trainer.prompts_per_step / place.num_processes) * config.rollout.group_size,
+        ),
+        length=length,
+        compute_bytes=compute.itemsize,
+        residual_bytes=compute.itemsize if is_sharded else loaded.itemsize,
+        source=source,
+    )
+
+
+def _weights(model: PreTrainedModel) -> tuple[Weight, ...]:
+    head = model.get_output_embeddings().weight
+    is_tied = head is model.get_input_embeddings().weight
+
+    def group(name: str, weight: torch.Tensor) -> str:
+        outside = "lm_head" if weight is head and not is_tied else "root"
+        return _layer(model, name) or outside
+
+    return tuple(
+        Weight(
+            group=group(name, weight),
+            shape=tuple(weight.shape),
+            itemsize=weight.itemsize,
+            is_trained=weight.requires_grad,
+        )
+        for name, weight in model.named_parameters()
+    )
+
+
+def _adapters(model: PreTrainedModel, rank: int, dtype: torch.dtype) -> tuple[Weight, ...]:
+    """A and B of each layer that `lora.add_adapters` adapts; their sizes do not need peft."""
+    body = set(model.get_decoder().layers.modules())
+    linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m in body}
+    if not linear:
+        raise ConfigError(f"model.lora_rank: {type(model).__name__} has no linear layers to adapt")
+    return tuple(
+        Weight(
+            group=_layer(model, name) or "root",
+            shape=shape,
+            itemsize=dtype.itemsize,
+            is_trained=True,
+        )
+        for name, layer in linear.items()
+        for shape in ((rank, layer.in_features), (layer.out_features, rank))
+    )
+
+
+def _layer(model: PreTrainedModel, name: str) -> str | None:
+    """The number of the decoder layer in which a parameter or module is; None: in none."""
+    layers = f"{model.base_model_prefix}.layers."
+    return name.removeprefix(layers).split(".")[0] if name.startswith(layers) else None
+
+
+def _model_config(config: Config) -> tuple[PreTrainedConfig, str]:
+    """The configuration of the model, and where it was found."""
+    path, base = config.model.path, config.base
+    if path is None:
+        sizes = Qwen2Config(
+            vocab_size=base.vocab_size,
+            hidden_size=base.hidden_size,
+            num_hidden_layers=base.num_layers,
+            num_attention_heads=base.num_heads,
+            num_key_value_heads=base.num_heads,
+            intermediate_size=base.intermediate_size,
+            tie_word_embeddings=True,
+        )
+        return sizes, "section [base]"
+    if path in SIZES:
+        try:
+            return AutoConfig.from_pretrained(
+                path, local_files_only=True
+            ), f"{path} on this machine"
+        except OSError:
+            return AutoConfig.for_model(**SIZES[path]), f"{path} as shipped with prefix_rft"
+    try:
+        return AutoConfig.from_pretrained(path), path
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.path: expected a model folder or a hub id that can be reached, got {path!r} "
+            f"({reason})"
+        ) from error

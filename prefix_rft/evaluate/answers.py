@@ -1,0 +1,60 @@
+"""Held-out problems to graded answers: one greedy, k sampled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prefix_rft.config import EvalConfig
+from prefix_rft.data_types import Completion, Problem, RewardStatus, RolloutRequest
+from prefix_rft.reward import Rewarder, Score
+from prefix_rft.rollout import RolloutEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What the policy answered to one problem."""
+
+    greedy_reward: float
+    rewards: tuple[float, ...]  # of the k samples, as are the following
+    lengths: tuple[int, ...]  # tokens
+    truncated: tuple[bool, ...]
+    statuses: tuple[RewardStatus, ...]
+
+
+def answer(
+    problems: Sequence[Problem],
+    engine: RolloutEngine,
+    rewarder: Rewarder,
+    tokenizer,
+    *,
+    config: EvalConfig,
+    max_response_length: int,
+    seed: int,
+) -> list[Answers]:
+    """One greedy answer and k = `config.num_samples` sampled ones to each of `problems`, scored."""
+    k = config.num_samples
+    limit = config.max_response_length or max_response_length
+    requests = [RolloutRequest(prompt_ids=p.prompt_ids, max_new_tokens=limit) for p in problems]
+
+    def run(copies: int, temperature: float) -> tuple[list[Completion], list[Score]]:
+        completions = engine.generate(
+            [request for request in requests for _ in range(copies)],
+            temperature=temperature,
+            seed=seed,
+            weights_version=engine.weights_version,
+        )
+        texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+        return completions, rewarder.score(texts, [p for p in problems for _ in range(copies)])
+
+    _, greedy = run(1, 0.0)
+    completions, scores = run(k, config.temperature)
+    spans = [slice(i * k, (i + 1) * k) for i in range(len(problems))]
+    return [
+        Answers(
+            greedy_reward=best.reward,
+            rewards=tuple(score.reward for score in scores[span]),
+            lengths=tuple(len(c.token_ids) for c in completions[span]),
+            truncated=tuple(c.finish_reason == "length" for c in completions[span]),
+            statuses=tuple(score.status for score in scores[span]),
+        )
+        for best, span in zip(greedy, spans, strict=True)
+    ]

@@ -1,0 +1,31 @@
+"""What a run tells: figures of a step, records in files, the console, the report."""
+
+from prefix_rft.metrics.logger import MetricsLogger, NoLogger
+from prefix_rft.metrics.measures import (
+    LogProbGapError,
+    check_gap,
+    describe_group,
+    log_prob_gap,
+    measure_rollouts,
+    measure_updates,
+    throughput,
+)
+from prefix_rft.metrics.report import write_report
+from prefix_rft.metrics.step_metrics import Ledger
+from prefix_rft.metrics.summary import COLUMNS, result_rows
+
+__all__ = [
+    "COLUMNS",
+    "Ledger",
+    "LogProbGapError",
+    "MetricsLogger",
+    "NoLogger",
+    "check_gap",
+    "describe_group",
+    "log_prob_gap",
+    "measure_rollouts",
+    "measure_updates",
+    "result_rows",
+    "throughput",
+    "write_report",
+]

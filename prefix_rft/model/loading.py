@@ -1,0 +1,345 @@
+"""Tokenizer and model from a folder or the hub, and back: checks, overrides, export."""
+
+import os
+import shutil
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from prefix_rft.checks import ConfigError
+from prefix_rft.config import Config, ModelConfig
+from prefix_rft.model.distributed import World
+from prefix_rft.model.lora import add_adapters
+from prefix_rft.model.policy import Policy
+from prefix_rft.model.weights import full_weights
+
+# Classes of which tokenizer.json is the whole tokenizer.
+_GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+_EXPORT_BUCKET_BYTES = 2**30
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """The device of `model.device`; a ConfigError where this machine has none of the kind."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device: got {config.device!r}, but torch finds no CUDA device")
+    return device
+
+
+def resolve_autocast_dtype(
+    config: ModelConfig, device: torch.device | None = None
+) -> torch.dtype | None:
+    """What the forward of float32 weights runs in: bfloat16, or None for the weights' own dtype.
+
+    Args:
+        device: of the compute; None: that of `config`.
+    """
+    if config.dtype == "auto" and device is None:
+        device = resolve_device(config)
+    is_bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    return torch.bfloat16 if is_bfloat16 else None
+
+
+def resolve_weight_dtypes(
+    config: ModelConfig, device: torch.device | None = None
+) -> tuple[torch.dtype, torch.dtype]:
+    """Of the model as it is loaded, and of what is trained: they differ where adapters are."""
+    trained = torch.float64 if config.dtype == "float64" else torch.float32
+    if config.lora_rank is None:
+        return trained, trained
+    return resolve_autocast_dtype(config, device) or trained, trained
+
+
+def host_config(config: ModelConfig, device: torch.device | None = None) -> ModelConfig:
+    """`config` for weights that are only kept and copied, in host memory.
+
+    Args:
+        device: where they will compute, and which their dtypes are for; None: nowhere.
+    """
+    if device is not None and resolve_autocast_dtype(config, device) is not None:
+        config = replace(config, dtype="bfloat16")
+    return replace(config, device="cpu", attention="auto", liger=False)
+
+
+def load_tokenizer(path: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, a Hugging Face folder or hub id.
+
+    Args:
+        chat_template: replaces the tokenizer's own: Jinja text, or the path of a file with it.
+    Raises:
+        ConfigError: nothing at `path`, no end-of-sequence token, or a template that is neither.
+    """
+    try:
+        tokenizer_class = get_tokenizer_config(path).get("tokenizer_class")
+        # For some model types AutoTokenizer puts the family's own pipeline over that of the folder.
+        loader = (
+            PreTrainedTokenizerFast if tokenizer_class in _GENERIC_TOKENIZERS else AutoTokenizer
+        )
+        tokenizer = loader.from_pretrained(path)
+    except OSError as error:
+        raise _not_found(path, "tokenizer", error) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path: the tokenizer of {path} has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is always masked, never a target
+    if chat_template is not None:
+        if os.path.isfile(chat_template):
+            chat_template = Path(chat_template).read_text(encoding="utf-8")
+        elif "{" not in chat_template:
+            raise ConfigError(
+                f"model.chat_template: expected a file or Jinja text, got {chat_template!r}"
+            )
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: World) -> Policy:
+    """The policy of the model at `path`, on this process or shared by all of `world`. Collective.
+
+    Raises:
+        ConfigError: see `load_model` and `Policy`.
+    """
+    autocast_dtype = resolve_autocast_dtype(config.model)
+    options = {
+        "temperature": config.rollout.temperature,
+        "vocab_size": vocab_size,
+        "autocast_dtype": autocast_dtype,
+    }
+    if world.mesh is None:
+        return Policy(load_model(config.model, path, seed=config.seed), **options)
+    device = resolve_device(config.model)
+    offload = config.sharding.cpu_offload
+    source: list[PreTrainedModel] = []  # one model on rank 0, none elsewhere
+    on_host = host_config(config.model, device)
+    world.from_main(lambda: source.append(load_model(on_host, path, seed=config.seed)))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(**_architecture(config.model, path))
+        _prepare(model, config.model, seed=config.seed)
+    policy = Policy(model, device=device, **options)
+    policy.shard(world.mesh, cpu_offload=offload)
+    policy.to_empty(device="cpu" if offload else device)
+    set_model_state_dict(
+        model,
+        source[0].state_dict() if source else {},
+        options=StateDictOptions(
+            full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload
+        ),
+    )
+    buffers = world.from_main(lambda: dict(source[0].named_buffers()))
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.to(device))
+    model.generation_config = world.from_main(lambda: source[0].generation_config)
+    policy.check_forward()
+    return policy
+
+
+def load_model(config: ModelConfig, path: str | Path, *, seed: int = 0) -> PreTrainedModel:
+    """The causal language model at `path`, in training mode.
+
+    What is trained is in float32 (or float64), what adapters freeze in the dtype of the compute.
+
+    Args:
+        seed: of the adapters, where there are any.
+    Raises:
+        ConfigError: nothing at `path`, no causal language model there, weights missing, an override
+            that the model has no place for, or a package missing.
+    """
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, **_architecture(config, path)
+        )
+    except (OSError, SafetensorError) as error:
+        raise _not_found(path, "model", error) from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise ConfigError(f"model.path: {path} lacks {len(missing)} weights, first {missing[0]}")
+    return _prepare(model.to(resolve_device(config)), config, seed=seed)
+
+
+def load_model_config(config: ModelConfig, path: str | Path) -> PreTrainedConfig:
+    """The configuration of the model at `path`, with the overrides of `config`.
+
+    Raises:
+        ConfigError: nothing at `path`, no causal language model there, or an override that the
+            model has no place for.
+    """
+    try:
+        model_config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _not_found(path, "model", error) from error
+    _require_causal_lm(model_config, path)
+    _override(model_config.get_text_config(), config)
+    return model_config
+
+
+def _architecture(config: ModelConfig, path: str | Path) -> dict[str, Any]:
+    """What a model of `path` is made from, beside its weights."""
+    dtype, _ = resolve_weight_dtypes(config)
+    return {
+        "config": load_model_config(config, path),
+        "dtype": dtype,
+        "attn_implementation": _attention(config),
+    }
+
+
+def _prepare(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> PreTrainedModel:
+    if config.liger:
+        _require_liger(resolve_device(config))
+        _apply_liger(model)
+    if config.lora_rank is not None:
+        add_adapters(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dtype=resolve_weight_dtypes(config)[1],
+            seed=seed,
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def _attention(config: ModelConfig) -> str | None:
+    """A name for transformers; None: its own choice, `sdpa` where the model has it."""
+    can_flash = (
+        find_spec("flash_attn") is not None
+        and resolve_device(config).type == "cuda"
+        and resolve_autocast_dtype(config) is not None
+    )
+    if config.attention == "auto":
+        return "flash_attention_2" if can_flash else None
+    if config.attention == "flash_attention_2" and not can_flash:
+        raise ConfigError(
+            "model.attention: flash_attention_2 needs the package flash_attn, a CUDA device and "
+            "model.dtype bfloat16"
+        )
+    return config.attention
+
+
+def _require_liger(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError(f"model.liger: expected a CUDA device, got {device}")
+    if find_spec("liger_kernel") is None:
+        raise ConfigError(
+            "model.liger: liger-kernel is not installed; pip install 'prefix-rft[liger]'"
+        )
+
+
+def _apply_liger(model: PreTrainedModel) -> None:
+    """All kernels that liger has for the model but those of lm_head and loss, which are ours."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ConfigError(f"model.liger: liger-kernel does not know {type(model).__name__}")
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _not_found(path: str | Path, what: str, error: Exception) -> ConfigError:
+    reason = str(error).strip().splitlines()[0]
+    return ConfigError(
+        f"model.path: expected a folder with a {what}, or a hub id that can be reached, "
+        f"got {str(path)!r} ({reason})"
+    )
+
+
+def _require_causal_lm(config: PreTrainedConfig, path: str | Path) -> None:
+    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ if is_known else "...ForCausalLM"
+    found = config.architectures or [expected if is_known else config.model_type]
+    if expected not in found:
+        raise ConfigError(
+            f"model.path: expected a causal language model with an lm_head ({expected}), "
+            f"found {', '.join(found)} in {path}"
+        )
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if layers - _PACKABLE_LAYERS:
+        raise ConfigError(
+            f"model.path: packed rows need layers of {' or '.join(sorted(_PACKABLE_LAYERS))}, "
+            f"found {', '.join(sorted(layers))} in {path}"
+        )
+
+
+def _override(text_config: PreTrainedConfig, config: ModelConfig) -> None:
+    """Write the overrides of `config` into a transformers configuration; take all dropout out."""
+    if config.rope_theta is not None:
+        if "rope_theta" not in (getattr(text_config, "rope_parameters", None) or {}):
+            raise ConfigError("model.rope_theta: the model has no single rope_theta to replace")
+        text_config.rope_parameters["rope_theta"] = config.rope_theta
+    if config.max_position_embeddings is not None:
+        text_config.max_position_embeddings = config.max_position_embeddings
+    for name, value in vars(text_config).items():
+        if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(text_config, name, 0.0)  # log-probs of two forwards must agree
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a completion: the tokenizer's and those of the generation config."""
+    ids = {tokenizer.eos_token_id}
+    found = model.generation_config.eos_token_id if model.generation_config else None
+    ids.update(found if isinstance(found, list) else [] if found is None else [found])
+    return tuple(sorted(ids))
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    world: World | None = None,
+) -> None:
+    """Write both in Hugging Face format; `folder` is replaced at once or not at all. Collective.
+
+    Adapters are merged. A model that has some, or is shared by several ranks, is gathered bucket by
+    bucket in the host memory of rank 0.
+    """
+    world = World() if world is None else world
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    weights = full_weights(model, dtype=dtype, bucket_bytes=_EXPORT_BUCKET_BYTES)
+    state = {name: weight.cpu() for name, weight in weights if world.is_main}
+    world.from_main(lambda: _write(model, state, dtype, tokenizer, Path(folder)))
+
+
+def _write(
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        model.save_pretrained(partial, state_dict=state)
+        model.config.dtype = dtype  # not that of frozen weights
+        model.config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists() and replaced.exists():
+            replaced.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)

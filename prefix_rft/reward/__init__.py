@@ -1,0 +1,15 @@
+"""A response and its problem to a score: the math grader, or a function of the user."""
+
+from prefix_rft.reward.grader import Grader, RewardError, clean_answer, plain_number
+from prefix_rft.reward.reward import Rewarder, Score
+from prefix_rft.reward.scoring import Scoring
+
+__all__ = [
+    "Grader",
+    "RewardError",
+    "Rewarder",
+    "Score",
+    "Scoring",
+    "clean_answer",
+    "plain_number",
+]

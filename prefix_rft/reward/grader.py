@@ -1,0 +1,277 @@
+"""Does a text give the gold answer: extraction, a fast path, Math-Verify in killable processes.
+
+Imports neither torch nor transformers, and Math-Verify only inside the worker processes.
+"""
+
+import json
+import logging
+import re
+import selectors
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from decimal import Decimal, localcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from prefix_rft.checks import UserError
+
+if TYPE_CHECKING:
+    from prefix_rft.data_types import RewardStatus
+
+MAX_ANSWER_CHARS = 4096  # a longer answer is wrong without being looked at
+START_TIMEOUT_S = 120.0  # of a worker process, before its first question
+
+_log = logging.getLogger(__name__)
+_worker_file = Path(__file__).with_name("worker.py")
+
+_brace = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_number = re.compile(r"[+-]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?")
+_text_command = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf)\{([^{}]*)\}")
+_dollar = re.compile(r"\\?\$")
+_delimiters = (("\\(", "\\)"), ("\\[", "\\]"))
+
+
+class RewardError(UserError):
+    """Rewards cannot be trusted or computed; the run stops."""
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The inside of the `\boxed{}` or `\fbox{}` that closes last, None without one; linear."""
+    open_braces: list[int | None] = []  # start of the inside where the brace is a box's
+    found = None
+    for token in _brace.finditer(text):
+        if token[0] == "}":
+            if open_braces and (start := open_braces.pop()) is not None:
+                found = (start, token.start())
+        elif token[0] == "{":
+            open_braces.append(None)
+        elif token[0].endswith("{") and len(token[0]) > 2:
+            open_braces.append(token.end())
+    return None if found is None else text[slice(*found)]
+
+
+def clean_answer(answer: str) -> str:
+    """`answer` without math delimiters, dollar signs, a box around all of it, and a full stop."""
+    answer = " ".join(_dollar.sub("", answer).replace("\N{MINUS SIGN}", "-").split())
+    for opening, closing in _delimiters:
+        if answer.startswith(opening) and answer.endswith(closing):
+            answer = answer[len(opening) : -len(closing)].strip()
+    if answer.startswith("\\boxed") and answer.endswith("}"):
+        inside = last_boxed(answer)
+        if inside is not None and f"\\boxed{{{inside}}}" == answer:
+            answer = inside.strip()
+    return answer.removesuffix(".").rstrip()
+
+
+def extract_answer(text: str, pattern: str) -> str | None:
+    r"""The cleaned answer of a response, or None where there is none.
+
+    Looked for after the last `</think>`, in the whole text if there is none.
+
+    Args:
+        text: the response.
+        pattern: "boxed" for the last balanced `\boxed{}`; else a marker such as "####": what
+            follows its last occurrence, to the end of the line.
+    """
+    text = text.rpartition("</think>")[2]
+    if pattern == "boxed":
+        found = last_boxed(text)
+    else:
+        _, marker, rest = text.rpartition(pattern)
+        found = rest.strip().partition("\n")[0] if marker else None
+    return (clean_answer(found) or None) if found is not None else None
+
+
+def plain_number(answer: str) -> Decimal | None:
+    """The value of a cleaned answer such as 1,000 or -3.50; None if it is anything else."""
+    if len(answer) > 64 or not _number.fullmatch(answer):
+        return None
+    return Decimal(answer.replace(",", ""))
+
+
+def compare_quickly(gold: str, answer: str) -> bool | None:
+    """Whether two cleaned answers agree, where that can be told without Math-Verify; else None.
+
+    Numbers agree when they are equal to six decimals, as in Math-Verify.
+    """
+    if _text_command.sub(r"\1", gold) == _text_command.sub(r"\1", answer):
+        return True
+    if len(answer) > MAX_ANSWER_CHARS:
+        return False
+    gold_number, number = plain_number(gold), plain_number(answer)
+    if gold_number is None or number is None:
+        return None
+    with localcontext(prec=100):
+        return round(gold_number, 6) == round(number, 6)
+
+
+class _Worker:
+    """One worker process; `task` is its question, `deadline` the time it must have replied by."""
+
+    def __init__(self, timeout_s: float, memory_mib: int) -> None:
+        # A process group of its own: Ctrl-C in the terminal does not reach it. -P: the modules of
+        # this folder hide no others.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(_worker_file), str(timeout_s), str(memory_mib)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=0,
+        )
+        self.is_ready = False
+        self.task: int | None = None
+        self.deadline = time.monotonic() + START_TIMEOUT_S
+
+    @property
+    def is_idle(self) -> bool:
+        return self.is_ready and self.task is None
+
+    def end(self) -> str:
+        """Kill the process; returns what it wrote to stderr before it was ready."""
+        self.process.kill()
+        self.process.wait()
+        errors = self.process.stderr.read().decode(errors="replace")
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            with suppress(BrokenPipeError):
+                stream.close()
+        return errors.strip()
+
+
+class Grader:
+    """Math-Verify in `num_workers` processes.
+
+    A worker that hangs or dies costs its own answer only, and is replaced. The processes start at
+    once and in the background, serve until `close` (or the end of a `with` block), and end by
+    themselves when this process is gone. Not for use from several threads at once.
+
+    Args:
+        num_workers: processes.
+        timeout_s: seconds for one answer.
+        memory_mib: address space of a worker above its start, in MiB (enforced on Linux).
+    """
+
+    def __init__(self, *, num_workers: int, timeout_s: float, memory_mib: int) -> None:
+        self._timeout_s = timeout_s
+        self._memory_mib = memory_mib
+        self._selector = selectors.DefaultSelector()
+        self._workers: list[_Worker] = []
+        for _ in range(num_workers):
+            self._start_worker()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for worker in tuple(self._workers):
+            self._drop(worker)
+        self._selector.close()
+
+    def grade(self, golds: Sequence[str], answers: Sequence[str]) -> list["RewardStatus"]:
+        """correct, wrong, timeout or error for each cleaned answer against its cleaned gold answer.
+
+        Raises:
+            RewardError: a worker cannot be started.
+        """
+        statuses: list[RewardStatus | None] = []
+        for gold, answer in zip(golds, answers, strict=True):
+            agree = compare_quickly(gold, answer)
+            statuses.append(None if agree is None else "correct" if agree else "wrong")
+        hard = [i for i, status in enumerate(statuses) if status is None]
+        replies = self._ask([{"gold": golds[i], "answer": answers[i]} for i in hard])
+        words = {True: "correct", False: "wrong"}
+        for i, reply in zip(hard, replies, strict=True):
+            statuses[i] = words.get(reply, reply)
+        return statuses
+
+    def parseable(self, golds: Sequence[str]) -> list[bool]:
+        """For each cleaned gold answer, whether an answer can be compared with it.
+
+        Raises:
+            RewardError: a worker cannot be started.
+        """
+        hard = list(dict.fromkeys(g for g in golds if plain_number(g) is None))
+        short = [gold for gold in hard if len(gold) <= MAX_ANSWER_CHARS]
+        replies = self._ask([{"gold": gold, "answer": None} for gold in short])
+        parsed = {gold: reply is True for gold, reply in zip(short, replies, strict=True)}
+        return [plain_number(gold) is not None or parsed.get(gold, False) for gold in golds]
+
+    def _start_worker(self) -> None:
+        worker = _Worker(self._timeout_s, self._memory_mib)
+        self._workers.append(worker)
+        self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+
+    def _drop(self, worker: _Worker) -> str:
+        self._selector.unregister(worker.process.stdout)
+        self._workers.remove(worker)
+        return worker.end()
+
+    def _ask(self, questions: Sequence[dict[str, str | None]]) -> list[bool | str]:
+        """The reply to each question: what the worker said, or "timeout" or "error"."""
+        replies: list[bool | str | None] = [None] * len(questions)
+        waiting = deque(range(len(questions)))
+        num_open = len(questions)
+        try:
+            while num_open:
+                self._hand_out(questions, waiting)
+                for task, reply in self._collect():
+                    replies[task] = reply
+                    num_open -= 1
+                    if reply in ("timeout", "error"):
+                        _log.info("grader %s on %.200r", reply, questions[task])
+        finally:
+            # Left by an exception: a late reply must not be taken for the next question's.
+            for worker in [worker for worker in self._workers if worker.task is not None]:
+                self._replace(worker)
+        return replies
+
+    def _hand_out(self, questions: Sequence[dict], waiting: deque[int]) -> None:
+        for worker in [worker for worker in self._workers if worker.is_idle]:
+            if not waiting:
+                return
+            worker.task = waiting[0]
+            worker.deadline = time.monotonic() + self._timeout_s
+            try:
+                worker.process.stdin.write(json.dumps(questions[worker.task]).encode() + b"\n")
+                worker.process.stdin.flush()
+            except BrokenPipeError:  # it died while idle; the question stays first in the queue
+                self._replace(worker)
+            else:
+                waiting.popleft()
+
+    def _collect(self) -> list[tuple[int, bool | str]]:
+        """Wait for the next reply, death or deadline; returns the tasks that ended."""
+        ended = []
+        deadlines = [worker.deadline for worker in self._workers if not worker.is_idle]
+        wait_s = max(0.0, min(deadlines) - time.monotonic()) if deadlines else 0.0
+        for key, _ in self._selector.select(wait_s):
+            worker = key.data
+            # A reply is one short line, written at once.
+            line = worker.process.stdout.readline()
+            if not line:
+                if worker.task is not None:
+                    ended.append((worker.task, "error"))
+                self._replace(worker)
+            elif worker.is_ready:
+                ended.append((worker.task, json.loads(line)))
+                worker.task = None
+            else:
+                worker.is_ready = True
+        now = time.monotonic()
+        for worker in [w for w in self._workers if not w.is_idle and w.deadline <= now]:
+            if worker.task is not None:
+                ended.append((worker.task, "timeout"))
+            self._replace(worker, f"not ready after {START_TIMEOUT_S:g} s")
+        return ended
+
+    def _replace(self, worker: _Worker, why: str = "it ended") -> None:
+        errors = self._drop(worker)
+        if not worker.is_ready:
+            raise RewardError(f"a grader process did not start: {why}. {errors}".strip())
+        self._start_worker()

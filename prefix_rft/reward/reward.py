@@ -1,0 +1,178 @@
+"""Rewards: the text of a response and its problem -> a number and a status."""
+
+import importlib
+import math
+import numbers
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, get_args
+
+from prefix_rft.config import RewardConfig
+from prefix_rft.data_types import Problem, RewardStatus
+from prefix_rft.reward.grader import Grader, RewardError, clean_answer, extract_answer
+
+RewardFunction = Callable[..., Sequence[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The reward of one response; a user's function gives `correct` above 0, else `wrong`."""
+
+    reward: float
+    status: RewardStatus
+
+
+def count_statuses(scores: Sequence[Score]) -> dict[RewardStatus, int]:
+    """How many scores have each status; all five are present."""
+    counts = Counter(score.status for score in scores)
+    return {status: counts[status] for status in get_args(RewardStatus)}
+
+
+def load_reward_function(path: str) -> RewardFunction:
+    """The function at `package.module:function` or `package.module.function`.
+
+    The working directory is searched too, after everything else.
+
+    Raises:
+        RewardError: it cannot be imported or is not callable.
+    """
+    module_name, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    if not module_name or not name:
+        raise RewardError(
+            "reward.function: expected package.module:function or package.module.function, "
+            f"got {path!r}"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise RewardError(f"reward.function: cannot import {path!r}: {error}") from error
+    if not callable(function):
+        raise RewardError(f"reward.function: {path!r} is no function but {type(function).__name__}")
+    return function
+
+
+class Rewarder:
+    """Scores responses, by the math grader or by `reward.function`.
+
+    The math grader gives 1 for a correct answer and 0 for anything else; its processes end with
+    `close` or the end of a `with` block.
+
+    Args:
+        config: the section `[reward]`.
+        answer_pattern: how an answer is found in a text, as in `extract_answer`.
+
+    Raises:
+        RewardError: the user's function cannot be imported.
+    """
+
+    def __init__(self, config: RewardConfig, answer_pattern: str) -> None:
+        self._config = config
+        self._answer_pattern = answer_pattern
+        self._function = load_reward_function(config.function) if config.function else None
+        self._grader = None
+        if self._function is None:
+            self._grader = Grader(
+                num_workers=config.num_workers,
+                timeout_s=config.timeout_s,
+                memory_mib=config.memory_mib,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._grader is not None:
+            self._grader.close()
+
+    def has_answer(self, text: str) -> bool:
+        """Whether a final answer, right or wrong, is found in `text`."""
+        return extract_answer(text, self._answer_pattern) is not None
+
+    def score(self, completions: Sequence[str], problems: Sequence[Problem]) -> list[Score]:
+        """One score per completion.
+
+        Args:
+            completions: decoded responses, prefix included.
+            problems: the problem of each completion.
+
+        Raises:
+            RewardError: too many grader errors, or a user's function that returned nonsense.
+        """
+        if len(completions) != len(problems):
+            raise ValueError(
+                f"problems: expected one for each of {len(completions)} completions, "
+                f"got {len(problems)}"
+            )
+        if not completions:
+            return []
+        if self._function is not None:
+            return self._score_by_function(self._function, completions, problems)
+        scores = self.grade(completions, problems)
+        self.check(scores, completions, problems)
+        return scores
+
+    @property
+    def in_background(self) -> bool:
+        """Whether `grade` and `check` do what `score` does, and `grade` may run in a thread."""
+        return self._grader is not None
+
+    def grade(self, completions: Sequence[str], problems: Sequence[Problem]) -> list[Score]:
+        """The math grader's scores, whatever their share of errors."""
+        answers = [extract_answer(text, self._answer_pattern) for text in completions]
+        found = [i for i, answer in enumerate(answers) if answer is not None]
+        golds = [clean_answer(problems[i].answer) for i in found]
+        statuses: list[RewardStatus] = ["no_answer"] * len(answers)
+        for i, status in zip(
+            found, self._grader.grade(golds, [answers[i] for i in found]), strict=True
+        ):
+            statuses[i] = status
+        return [Score(reward=float(status == "correct"), status=status) for status in statuses]
+
+    def check(
+        self, scores: Sequence[Score], completions: Sequence[str], problems: Sequence[Problem]
+    ) -> None:
+        """Raise RewardError where too many of the grader's scores are errors."""
+        errors = [i for i, score in enumerate(scores) if score.status == "error"]
+        if len(errors) > self._config.max_error_share * len(scores):
+            answer = extract_answer(completions[errors[0]], self._answer_pattern)
+            example = f"{answer!r:.200} against {problems[errors[0]].answer!r:.200}"
+            raise RewardError(
+                f"the grader failed on {len(errors)} of {len(scores)} responses, more than "
+                f"reward.max_error_share = {self._config.max_error_share} allows; one was {example}"
+            )
+
+    def _score_by_function(
+        self, function: RewardFunction, completions: Sequence[str], problems: Sequence[Problem]
+    ) -> list[Score]:
+        name = f"reward.function {self._config.function!r}"
+        # Ours come last: they win over columns of the same name.
+        columns: dict[str, list[Any]] = {
+            column: [problem.columns.get(column) for problem in problems]
+            for column in dict.fromkeys(c for problem in problems for c in problem.columns)
+            if column != "completions"
+        }
+        columns["prompts"] = [problem.prompt for problem in problems]
+        columns["answer"] = [problem.answer for problem in problems]
+        try:
+            rewards = function(completions=list(completions), **columns)
+        except BaseException as error:
+            error.add_note(f"raised by {name}, called as f(completions, **columns)")
+            raise
+        if not hasattr(rewards, "__len__") or len(rewards) != len(completions):
+            got = f"{len(rewards)}" if hasattr(rewards, "__len__") else f"{rewards!r:.100}"
+            raise RewardError(f"{name}: expected a list of {len(completions)} rewards, got {got}")
+        for i, reward in enumerate(rewards):
+            if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+                raise RewardError(f"{name}: expected a finite number, got {reward!r} at {i}")
+        return [
+            Score(reward=float(reward), status="correct" if reward > 0 else "wrong")
+            for reward in rewards
+        ]

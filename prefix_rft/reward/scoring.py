@@ -1,0 +1,69 @@
+"""Rewards of one step's responses, graded while others are still generated."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from typing import Self
+
+from prefix_rft.data_types import Problem
+from prefix_rft.reward.reward import Rewarder, Score
+
+
+class Scoring:
+    """Takes responses as they come, in any order; use as a context manager.
+
+    The math grader waits in a thread for its processes; a user's reward function is called once,
+    by `scores`, with all responses in order.
+    """
+
+    def __init__(self, rewarder: Rewarder, problems: Sequence[Problem]) -> None:
+        self._rewarder = rewarder
+        self._problems = problems
+        self._texts: list[str] = [""] * len(problems)
+        self._scores: list[Score | None] = [None] * len(problems)
+        self._queue: SimpleQueue[int | None] = SimpleQueue()
+        self._executor = ThreadPoolExecutor(max_workers=1)
+        self._grading = self._executor.submit(self._grade) if rewarder.in_background else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._queue.put(None)
+        self._executor.shutdown()
+
+    def add(self, index: int, text: str) -> None:
+        """The response to `problems[index]`."""
+        self._texts[index] = text
+        self._queue.put(index)
+
+    def scores(self) -> list[Score]:
+        """One for each problem, when all responses have been added.
+
+        Raises:
+            RewardError: see `Rewarder.score`.
+        """
+        if self._grading is None:
+            return self._rewarder.score(self._texts, self._problems)
+        self._queue.put(None)
+        self._grading.result()
+        self._rewarder.check(self._scores, self._texts, self._problems)
+        return self._scores
+
+    def _grade(self) -> None:
+        """All that has come in since the last look, together, until None comes."""
+        while True:
+            picks = [self._queue.get()]
+            while None not in picks:
+                try:
+                    picks.append(self._queue.get_nowait())
+                except Empty:
+                    break
+            done = [i for i in picks if i is not None]
+            scores = self._rewarder.grade(
+                [self._texts[i] for i in done], [self._problems[i] for i in done]
+            )
+            for i, score in zip(done, scores, strict=True):
+                self._scores[i] = score
+            if None in picks:
+                return

@@ -1,0 +1,93 @@
+"""The server of vLLM behind `rollout.engine = "vllm_server"`."""
+
+import os
+import socket
+import sys
+
+from prefix_rft.checks import ConfigError
+from prefix_rft.config import Config
+from prefix_rft.data import resolve_base
+from prefix_rft.model import (
+    load_model_config,
+    load_tokenizer,
+    resolve_autocast_dtype,
+    resolve_device,
+    resolve_weight_dtypes,
+)
+from prefix_rft.rollout.make_engine import max_sequence_length
+from prefix_rft.rollout.vllm_options import (
+    engine_options,
+    import_vllm,
+    sequence_limit,
+    unties_weights,
+    weight_dtype,
+    write_model_config,
+)
+
+ENGINE_FOLDER = "engine"
+_SERVER = "vllm.entrypoints.openai.api_server"
+
+
+def serve(config: Config, *, host: str, port: int) -> None:
+    """Replace this process by the server; it holds no weights before a trainer sends them.
+
+    Raises:
+        ConfigError: vLLM is not installed, cannot run the model as asked, or the port is taken.
+    """
+    import_vllm()
+    _check_port(host, port)
+    base, device = resolve_base(config), resolve_device(config.model)
+    model_config = load_model_config(config.model, base)
+    folder = config.run_dir / ENGINE_FOLDER
+    write_model_config(
+        model_config,
+        folder,
+        vocab_size=len(load_tokenizer(base)),
+        unties=unties_weights(device),
+    )
+    trained, _ = resolve_weight_dtypes(config.model)
+    options = engine_options(
+        config.vllm,
+        device=device,
+        dtype=weight_dtype(resolve_autocast_dtype(config.model) or trained),
+        max_length=sequence_limit(model_config, max_sequence_length(config)),
+        max_batch_sequences=config.rollout.max_batch_sequences,
+    )
+    options |= {
+        "host": host,
+        "port": port,
+        "enable_scale_out": True,  # the route of tokens
+        "disable_uvicorn_access_log": True,
+    }
+    backend = "nccl"
+    if device.type != "cuda":
+        from prefix_rft.rollout.vllm_gloo import BACKEND as backend
+        from prefix_rft.rollout.vllm_gloo import WorkerExtension
+
+        options["worker_extension_cls"] = f"{WorkerExtension.__module__}.{WorkerExtension.__name__}"
+    options["weight_transfer_config"] = f'{{"backend": "{backend}"}}'
+    # The command vllm asks for a distribution of that name, which a build of one's own may lack.
+    command = [sys.executable, "-m", _SERVER, "--model", str(folder)]
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the routes that take weights
+    os.execve(sys.executable, [*command, *_flags(options)], environment)
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"port: expected a free one at {host}, got {port} ({error.strerror})"
+        ) from error
+
+
+def _flags(options: dict[str, object]) -> list[str]:
+    flags = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags += [f"--{flag}", str(value)]
+    return flags

@@ -1,0 +1,333 @@
+"""Checkpoints: written beside their place and renamed into it, checked before they are believed.
+
+<run>/checkpoints/step-000050/
+    state/          trained weights and optimizer, torch.distributed.checkpoint
+    trainer.json    step, parameter shapes, data fingerprint
+    rng-<rank>.pickle   generator states of python, numpy and torch
+    manifest.json   size and crc32 of every other file, written last
+"""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial as partial_call
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+
+from prefix_rft.checks import UserError
+from prefix_rft.model import World
+
+FORMAT = 2  # raised when the layout changes
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # the others are the base's
+for _message in (".*torch.distributed is disabled.*", ".*the intent is to .* single process.*"):
+    warnings.filterwarnings("ignore", message=_message)  # it is; also from the writing thread
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written or used; the message says which and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerState:
+    """Where a run stands; the schedules and the position in the data follow from the step."""
+
+    step: int  # steps done
+    data_fingerprint: str  # of the training problems
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Steps done at a checkpoint, from its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("step-[0-9]*"))
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run; use as a context manager.
+
+    Where training goes on meanwhile, what is saved is a copy in host memory, and a checkpoint is in
+    its place as soon as it is whole.
+
+    Args:
+        keep: newest checkpoints that stay.
+        in_background: `save` returns once the copy is made.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, keep: int, in_background: bool, world: World | None = None
+    ) -> None:
+        self.run_dir = run_dir
+        self.keep = keep
+        self.in_background = in_background
+        self.world = World() if world is None else world
+        self._group = None  # apart from the training's, which goes on meanwhile
+        if in_background and self.world.mesh is not None:
+            self._group = dist.new_group(backend="gloo")
+        self._executor = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *exc: object) -> None:
+        """Waits for what is being written; on the way of another error that one is told."""
+        if kind is None:
+            self.finish()
+        self._executor.shutdown()
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
+        """Write the checkpoint of `state.step`, then delete all but the newest. Collective.
+
+        Raises:
+            CheckpointError: the disk refused, now or at the save before; earlier checkpoints are
+                untouched.
+        """
+        self.finish()
+        target = checkpoint_dir(self.run_dir, state.step)
+        partial = target.with_name(f".partial-{target.name}")
+        description = {"format": FORMAT, "shapes": _shapes(model), "state": asdict(state)}
+        self.world.from_main(lambda: self._guard(target, lambda: _start(partial, description)))
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
+        saved = {"model": model_state, "optimizer": optimizer_state}
+
+        def write_states() -> None:
+            (partial / _rng_file(self.world.rank)).write_bytes(pickle.dumps(_rng_states()))
+
+        self._guard(target, write_states)
+        options = {"checkpoint_id": partial / "state", "no_dist": self.world.mesh is None}
+        write = partial_call(dcp.save, saved, **options)
+        if self.in_background:
+            write = dcp.async_save(saved, process_group=self._group, **options).result
+
+        def complete() -> None:
+            write()
+            if self.world.is_main:
+                _publish(partial, target)
+                for old in list_checkpoints(self.run_dir)[: -self.keep]:
+                    shutil.rmtree(old)
+
+        if self.in_background:
+            self._pending = self._executor.submit(self._guard, target, complete)
+        else:
+            self._guard(target, complete)
+            self.world.gather(None)  # nobody goes on before it is in its place
+
+    def check(self) -> None:
+        """Raise the CheckpointError of a checkpoint that has failed since; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self._pending.result()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is in its place. Collective.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        errors = self.world.gather(None if pending is None else _error_of(pending))
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def _guard(self, target: Path, action: Callable[[], None]) -> None:
+        """`action`, whose failure leaves nothing half-written behind."""
+        try:
+            action()
+        except (OSError, CheckpointException) as error:
+            shutil.rmtree(target.with_name(f".partial-{target.name}"), ignore_errors=True)
+            kept = list_checkpoints(self.run_dir)
+            raise CheckpointError(
+                f"checkpoint of step {checkpoint_step(target)} could not be written to "
+                f"{target.parent}: {_root_cause(error)}; the last good one is "
+                f"{kept[-1] if kept else 'none'}"
+            ) from error
+
+
+def _error_of(pending: Future) -> CheckpointError | None:
+    error = pending.exception()
+    if error is None or isinstance(error, CheckpointError):
+        return error
+    raise error
+
+
+def _start(partial: Path, description: dict) -> None:
+    """An empty folder with the description of the checkpoint to come."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "trainer.json").write_text(json.dumps(description))
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Seal a complete checkpoint, and put it in its place at once."""
+    manifest = {
+        str(file.relative_to(partial)): [file.stat().st_size, _crc32(file)]
+        for file in sorted(partial.rglob("*"))
+        if file.is_file()
+    }
+    (partial / "manifest.json").write_text(json.dumps(manifest))
+    for file in partial.rglob("*"):
+        _fsync(file)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(partial, target)
+    _fsync(target.parent)
+
+
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    data_fingerprint: str,
+    world: World | None = None,
+) -> TrainerState:
+    """Restore `model`, `optimizer` and the random generators in place. Collective.
+
+    The checkpoint may have been written by any number of ranks; a rank that it has no generators of
+    keeps its own.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, of another model or of other data.
+    """
+    world = World() if world is None else world
+    description = world.from_main(lambda: _verify(path))
+    _require_same_model(path, description["shapes"], model)
+    state = TrainerState(**description["state"])
+    if state.data_fingerprint != data_fingerprint:
+        raise CheckpointError(
+            f"checkpoint {path}: expected the training problems it was made with "
+            f"(fingerprint {state.data_fingerprint}), got others ({data_fingerprint})"
+        )
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
+    loaded = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(loaded, checkpoint_id=path / "state", no_dist=world.mesh is None)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=loaded["model"],
+        optim_state_dict=loaded["optimizer"],
+        options=_TRAINED,
+    )
+    generators = path / _rng_file(world.rank)
+    if generators.exists():
+        _set_rng_states(pickle.loads(generators.read_bytes()))
+    return state
+
+
+def load_model_weights(path: Path, model: nn.Module) -> None:
+    """Restore only the weights of `model`, in place; frozen ones are as they were loaded.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model.
+    """
+    _require_same_model(path, _verify(path)["shapes"], model)
+    state = {"model": get_model_state_dict(model, options=_TRAINED)}
+    dcp.load(state, checkpoint_id=path / "state", no_dist=True)
+    set_model_state_dict(model, state["model"], options=_TRAINED)
+
+
+def _verify(path: Path) -> dict:
+    """The description of a checkpoint whose every file is as it was written."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, (size, crc) in manifest.items():
+            file = path / name
+            if file.stat().st_size != size or _crc32(file) != crc:
+                raise CheckpointError(f"checkpoint {path} is damaged: {name} is not as written")
+        description = json.loads((path / "trainer.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged or foreign: {error}") from error
+    if description.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path}: expected format {FORMAT}, got {description.get('format')}"
+        )
+    return description
+
+
+def _require_same_model(path: Path, shapes: dict[str, list[int]], model: nn.Module) -> None:
+    ours = _shapes(model)
+    different = sorted(
+        name for name in shapes.keys() | ours.keys() if shapes.get(name) != ours.get(name)
+    )
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"checkpoint {path} is of another model: {len(different)} parameters differ, first "
+            f"{name}: expected {ours.get(name)}, got {shapes.get(name)}"
+        )
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng-{rank}.pickle"
+
+
+def _rng_states() -> dict:
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()  # of this rank's device
+    return states
+
+
+def _set_rng_states(states: dict) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _crc32(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _root_cause(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).splitlines()[0]

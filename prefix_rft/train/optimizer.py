@@ -1,0 +1,76 @@
+"""The optimizer of a run, and its learning rate by step."""
+
+import math
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from prefix_rft.checks import ConfigError
+from prefix_rft.config import OptimizerConfig
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer `config.name` of those `parameters`, maybe sharded, that are trained.
+
+    Args:
+        device: of the compute.
+    Raises:
+        ConfigError: its package is not installed.
+    """
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if config.name == "adamw_8bit":
+        return _adamw_8bit()(trained, **options)
+    return torch.optim.AdamW(trained, **options, fused=device.type == "cuda" or None)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Of all parameters, from the next step on."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):  # it must stay the one that was compiled with
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
+    """Of `step` (from 0): a linear warm-up, then constant, or falling to 0 at `num_steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    match config.schedule:
+        case "constant":
+            return config.lr
+        case "linear":
+            return config.lr * (1 - progress)
+        case "cosine":
+            return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _adamw_8bit() -> type[torch.optim.Optimizer]:
+    if find_spec("torchao") is None:
+        raise ConfigError(
+            "optimizer.name: adamw_8bit needs torchao; pip install 'prefix-rft[low-memory]'"
+        )
+    from torchao.optim import AdamW8bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    # The one operator that a background checkpoint's copy to the host needs and torchao lacks.
+    @OptimState8bit.implements(torch.ops.aten.new_empty.default)
+    def new_empty(func: Any, types: Any, args: tuple, kwargs: dict) -> OptimState8bit:
+        like, size = args
+        return OptimState8bit.zeros(
+            size, like.signed, like.block_size, kwargs.get("device", like.device), like.dtype
+        )
+
+    return AdamW8bit

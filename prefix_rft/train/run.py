@@ -1,0 +1,294 @@
+"""A whole run: base, data, evaluation, the training loop, evaluation again, export, report."""
+
+import json
+import os
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+
+import torch
+
+from prefix_rft.checks import ConfigError
+from prefix_rft.config import Config, load_config, require_packages, save_config
+from prefix_rft.data import load_problems, resolve_base
+from prefix_rft.evaluate import answer, summarize
+from prefix_rft.metrics import LogProbGapError, MetricsLogger, NoLogger, write_report
+from prefix_rft.model import (
+    World,
+    export,
+    host_config,
+    load_model,
+    load_model_config,
+    load_policy,
+    load_tokenizer,
+    resolve_device,
+)
+from prefix_rft.reward import Rewarder, RewardError
+from prefix_rft.rollout import EngineError, make_engine, max_sequence_length, serving
+from prefix_rft.train.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    checkpoint_dir,
+    checkpoint_step,
+    list_checkpoints,
+    load_model_weights,
+)
+from prefix_rft.train.interrupt import Interrupt, Stopped
+from prefix_rft.train.trainer import Trainer
+
+CONFIG_FILE = "config.toml"
+MODEL_FOLDER = "model"
+SUMMARY_FILE = "summary.json"
+
+
+def train(config: Config, *, resume: bool = False) -> dict:
+    """Run `config` from its base to its report, in the folder `config.run_dir`.
+
+    Under torchrun all ranks run it together; rank 0 keeps the folder.
+
+    Args:
+        resume: continue from the newest checkpoint of the folder, if there is one; a finished run
+            is left as it is.
+    Returns:
+        the summary: "base" and "trained", each as `summarize` returns it.
+    Raises:
+        UserError: something the user can put right.
+        Stopped: SIGINT or SIGTERM came; the last whole step is in a checkpoint.
+    """
+    with World(config.sharding, resolve_device(config.model)) as world:
+        return _train(config, world, resume=resume)
+
+
+def _train(config: Config, world: World, *, resume: bool) -> dict:
+    run_dir = config.run_dir
+    summary, checkpoints = world.from_main(lambda: _open_run(config, resume))
+    if "trained" in summary:
+        if world.is_main:
+            print(f"{run_dir} is finished, nothing is left to do")
+        return summary
+    require_packages(config)
+
+    with ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt(world))
+        with interrupt.abandonable():
+            base = resolve_base(config) if world.is_main else None
+        base = world.from_main(lambda: base)
+        with interrupt.abandonable() if world.size == 1 else nullcontext():
+            setup = stack.enter_context(Setup(config, base, world))
+            trainer = setup.trainer()
+        if not checkpoints:
+            world.from_main(lambda: save_config(config, run_dir / CONFIG_FILE))
+        logger = stack.enter_context(
+            MetricsLogger(
+                run_dir,
+                config.log,
+                num_steps=config.trainer.num_steps,
+                start_step=checkpoint_step(checkpoints[-1]) if checkpoints else 0,
+            )
+            if world.is_main
+            else NoLogger()
+        )
+        for report in setup.data.reports:
+            logger.message(str(report))
+        if "base" not in summary:
+            logger.message("evaluating the base model")
+            summary = {"base": setup.evaluate(interrupt, version=0)}
+            if world.is_main:
+                _write_summary(run_dir, summary)
+        if checkpoints:
+            logger.message(f"resuming from {checkpoints[-1]}")
+            trainer.restore(checkpoints[-1])
+            world.from_main(lambda: save_config(config, run_dir / CONFIG_FILE))
+        else:
+            logger.log(0, _eval_metrics(summary["base"]), kind="eval")
+        _loop(config, setup, trainer, logger, interrupt)
+        logger.message("evaluating the trained model")
+        trained = setup.evaluate(interrupt, version=trainer.step_index)
+        logger.log(trainer.step_index, _eval_metrics(trained), kind="eval")
+    export(setup.policy.model, setup.tokenizer, run_dir / MODEL_FOLDER, world)
+    summary["trained"] = trained
+    if world.is_main:
+        _write_summary(run_dir, summary)
+        write_report(run_dir)
+    return summary
+
+
+def _open_run(config: Config, resume: bool) -> tuple[dict, list[Path]]:
+    """The summary so far and the checkpoints to continue from; makes the folder."""
+    run_dir, num_steps = config.run_dir, config.trainer.num_steps
+    summary = _read_summary(run_dir) if resume else {}
+    checkpoints = list_checkpoints(run_dir) if resume else []
+    if checkpoints and checkpoint_step(checkpoints[-1]) > num_steps:
+        done = checkpoint_step(checkpoints[-1])
+        raise ConfigError(
+            f"trainer.num_steps: expected at least the {done} steps done in {run_dir}, "
+            f"got {num_steps}"
+        )
+    if "trained" in summary and checkpoint_dir(run_dir, num_steps) in checkpoints:
+        return summary, checkpoints
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: expected a folder that can be written, got {run_dir} ({error.strerror})"
+        ) from error
+    return {name: summary[name] for name in summary if name != "trained"}, checkpoints
+
+
+def evaluate_model(config: Config, model_path: str) -> dict:
+    """Results of the model at `model_path`, a folder or hub id, on the held-out problems."""
+    with (
+        World(config.sharding, resolve_device(config.model)) as world,
+        Setup(config, model_path, world) as setup,
+        Interrupt(world) as interrupt,
+    ):
+        return setup.evaluate(interrupt, version=0)
+
+
+def export_checkpoint(run_dir: Path, step: int | None, folder: Path) -> None:
+    """Write the model of a run's checkpoint in Hugging Face format.
+
+    Args:
+        step: steps done at the checkpoint; None: the newest.
+    Raises:
+        CheckpointError: there is none such, or it is damaged.
+    """
+    checkpoints = {checkpoint_step(path): path for path in list_checkpoints(run_dir)}
+    if not checkpoints or (step is not None and step not in checkpoints):
+        wanted = "any step" if step is None else f"step {step}"
+        raise CheckpointError(
+            f"{run_dir}: expected a checkpoint of {wanted}, got {sorted(checkpoints) or 'none'}"
+        )
+    config = load_config(run_dir / CONFIG_FILE)
+    base = resolve_base(config)
+    model = load_model(host_config(config.model), base)
+    load_model_weights(checkpoints[max(checkpoints) if step is None else step], model)
+    export(model, load_tokenizer(base, config.model.chat_template), folder)
+
+
+class Setup:
+    """What training and evaluation share: data, tokenizer, policy, engine, rewarder."""
+
+    def __init__(self, config: Config, model_path: Path | str, world: World) -> None:
+        self.config = config
+        self.world = world
+        _check_length(config, model_path)
+        self.tokenizer = load_tokenizer(model_path, config.model.chat_template)
+        self.data = load_problems(config, self.tokenizer)
+        self.policy = load_policy(config, model_path, vocab_size=len(self.tokenizer), world=world)
+        self.engine = make_engine(config, self.policy, self.tokenizer)
+        self.rewarder = Rewarder(config.reward, answer_pattern=config.data.answer_pattern)
+
+    def __enter__(self) -> "Setup":
+        return self
+
+    def __exit__(self, kind: type | None, *exc: object) -> None:
+        self.rewarder.close()
+        if kind is None:  # else other ranks may be gone, and the process ends
+            self.engine.close()
+
+    def trainer(self) -> Trainer:
+        return Trainer(
+            self.config,
+            policy=self.policy,
+            tokenizer=self.tokenizer,
+            engine=self.engine,
+            rewarder=self.rewarder,
+            problems=self.data.train,
+            world=self.world,
+        )
+
+    def evaluate(self, interrupt: Interrupt, *, version: int) -> dict:
+        """Accuracy of the current weights, known as `version`, on the held-out problems."""
+        with (
+            serving(self.engine, self.policy, version),
+            interrupt.abandonable(at_once=not self.engine.is_collective),
+        ):
+            answers = answer(
+                self.world.share(self.data.held_out),
+                self.engine,
+                self.rewarder,
+                self.tokenizer,
+                config=self.config.eval,
+                max_response_length=self.config.rollout.max_response_length,
+                seed=self.config.seed * self.world.size + self.world.rank,
+            )
+        return summarize(self.world.merge(answers))
+
+
+def _check_length(config: Config, model_path: Path | str) -> None:
+    text_config = load_model_config(config.model, model_path).get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None)
+    longest = max_sequence_length(config)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            "rollout.max_response_length, eval.max_response_length: expected, with "
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens}, at most the {limit} tokens "
+            f"that the model can take, got {longest} for both (model.max_position_embeddings "
+            "overrides the model's limit)"
+        )
+
+
+def _loop(
+    config: Config,
+    setup: Setup,
+    trainer: Trainer,
+    logger: MetricsLogger | NoLogger,
+    interrupt: Interrupt,
+) -> None:
+    """Train to the last step; a checkpoint every n steps, at the end, and when stopped."""
+    num_steps, every = config.trainer.num_steps, config.trainer.checkpoint_every
+    saved = trainer.step_index
+    with CheckpointWriter(
+        config.run_dir,
+        keep=config.trainer.keep_checkpoints,
+        in_background=config.trainer.async_checkpoints,
+        world=setup.world,
+    ) as checkpoints:
+        try:
+            while trainer.step_index < num_steps:
+                step = trainer.step_index
+                with _profiled(config, step, setup.world):
+                    metrics, sample = trainer.train_step(interrupt)
+                logger.log(step, metrics)
+                if step % config.trainer.sample_every == 0:
+                    logger.log_rollouts(step, [sample])
+                done = trainer.step_index
+                if done == num_steps or (every and done % every == 0):
+                    saved = trainer.save(checkpoints)
+                with interrupt.abandonable():
+                    checkpoints.check()
+                if config.eval.every and done % config.eval.every == 0 and done < num_steps:
+                    results = setup.evaluate(interrupt, version=done)
+                    logger.log(done, _eval_metrics(results), kind="eval")
+        # They come between two updates: the weights are whole.
+        except (Stopped, RewardError, LogProbGapError, EngineError):
+            if trainer.step_index > saved:
+                trainer.save(checkpoints)
+            checkpoints.finish()
+            raise
+
+
+def _profiled(config: Config, step: int, world: World) -> AbstractContextManager:
+    """A torch profiler around the steps that are to have one, on rank 0."""
+    if step not in config.trainer.profile_steps or not world.is_main:
+        return nullcontext()
+    folder = config.run_dir / "profiles"
+    folder.mkdir(exist_ok=True)
+    trace = str(folder / f"step-{step:06d}.json.gz")
+    return torch.profiler.profile(on_trace_ready=lambda p: p.export_chrome_trace(trace))
+
+
+def _eval_metrics(results: dict) -> dict[str, float]:
+    """The plain figures of an evaluation, named for the log."""
+    return {f"eval/{name}": x for name, x in results.items() if isinstance(x, int | float)}
+
+
+def _read_summary(run_dir: Path) -> dict:
+    path = run_dir / SUMMARY_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write_summary(run_dir: Path, summary: dict) -> None:
+    partial = run_dir / f".partial-{SUMMARY_FILE}"
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(partial, run_dir / SUMMARY_FILE)

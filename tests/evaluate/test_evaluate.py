@@ -1,0 +1,48 @@
+"""Accuracy figures against worked examples."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from prefix_rft.config.sections import EvalConfig
+from prefix_rft.evaluate.answers import answer
+from prefix_rft.evaluate.statistics import bootstrap_interval, pass_at_k, summarize
+from tests.tiny import make_trainer
+
+
+@pytest.mark.parametrize(("num_samples", "num_correct", "k"), [(8, 3, 2), (5, 0, 3), (6, 6, 1)])
+def test_pass_at_k_counts_the_subsets(num_samples: int, num_correct: int, k: int) -> None:
+    outcomes = [True] * num_correct + [False] * (num_samples - num_correct)
+    subsets = list(combinations(outcomes, k))
+    expected = sum(map(any, subsets)) / len(subsets)
+    assert pass_at_k(num_samples, num_correct, k) == pytest.approx(expected)
+
+
+def test_interval_holds_the_mean_and_shrinks_with_data() -> None:
+    few, many = np.array([0.0, 1.0] * 10), np.array([0.0, 1.0] * 200)
+    (low, high), (low_many, high_many) = bootstrap_interval(few), bootstrap_interval(many)
+    assert low < 0.5 < high
+    # normal approximation: 1.96 * 0.5 / sqrt(n)
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20**0.5, rel=0.1)
+    assert high_many - low_many == pytest.approx(2 * 1.96 * 0.5 / 400**0.5, rel=0.1)
+
+
+def test_figures_of_an_evaluation() -> None:
+    trainer = make_trainer({"rollout": {"group_size": 2, "max_response_length": 12}})
+    trainer.rewarder.rule = lambda text, problem: float(problem.index < 3)
+    answers = answer(
+        trainer.problems,
+        trainer.engine,
+        trainer.rewarder,
+        trainer.tokenizer,
+        config=EvalConfig(num_samples=4),
+        max_response_length=12,
+        seed=0,
+    )
+    results = summarize(answers)
+    assert results["num_problems"] == 4
+    assert results["greedy"] == results["avg@4"] == results["pass@4"] == 0.75
+    assert results["statuses"] == {"correct": 12, "wrong": 4}
+    assert 0 < results["response_length_mean"] <= 12
+    assert 0 <= results["truncated_share"] <= 1

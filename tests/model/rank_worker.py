@@ -1,0 +1,56 @@
+"""What each rank of tests/model/test_distributed.py runs, under torchrun.
+
+    rank_worker.py CONFIG.toml GROUPS OUT
+
+One training step of the configuration on the pickled groups; rank 0 writes weights and metrics.
+"""
+
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from prefix_rft.config import load_config
+from prefix_rft.data_types import Group
+from prefix_rft.metrics.step_metrics import Ledger
+from prefix_rft.model.distributed import World, full_tensor
+from prefix_rft.model.loading import resolve_device
+from prefix_rft.train.interrupt import Interrupt
+from prefix_rft.train.run import Setup
+
+
+def given(groups: list[Group]) -> Callable[[Ledger, Interrupt], list[Group]]:
+    """In place of `Trainer.rollouts`: these, generated in no time."""
+
+    def rollouts(ledger: Ledger, interrupt: Interrupt) -> list[Group]:
+        with ledger.phase("generate"):
+            return groups
+
+    return rollouts
+
+
+def step(config_file: str, groups_file: str, out: str) -> None:
+    config = load_config(config_file)
+    groups = pickle.loads(Path(groups_file).read_bytes())
+    with (
+        World(config.sharding, resolve_device(config.model)) as world,
+        Setup(config, config.model.path, world) as setup,
+    ):
+        trainer = setup.trainer()
+        if groups is not None:
+            trainer.rollouts = given(groups)
+        metrics, sample = trainer.train_step(Interrupt(world))
+        named = dict(setup.policy.model.named_parameters())
+        weights = {name: full_tensor(weight.detach()) for name, weight in named.items()}
+        assert len({repr(each) for each in world.gather(sample)}) == 1
+        if world.is_main:
+            torch.save({"weights": weights, "metrics": metrics}, out)
+
+
+if __name__ == "__main__":
+    step(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # a torn down interpreter can abort on a thread of the process group

@@ -1,0 +1,386 @@
+"""Extraction and comparison of answers, and worker processes that stand everything sent to them."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefix_rft.reward import grader as grader_module
+from prefix_rft.reward.grader import (
+    Grader,
+    RewardError,
+    clean_answer,
+    compare_quickly,
+    extract_answer,
+    last_boxed,
+)
+
+BOMBS = ["10^{10^8}", "(" * 2000 + "1" + ")" * 2000, "99999999!"]
+BOMB_TIMEOUT_S = 1.5
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(num_workers=1, timeout_s=20.0, memory_mib=1024) as grader:
+        yield grader
+
+
+@pytest.fixture
+def strict_grader():
+    with Grader(num_workers=2, timeout_s=BOMB_TIMEOUT_S, memory_mib=512) as grader:
+        while not all(worker.is_ready for worker in grader._workers):
+            assert grader.grade(["1/2"], ["2/4"]) == ["correct"]
+        yield grader
+
+
+def pids(grader: Grader) -> set[int]:
+    return {worker.process.pid for worker in grader._workers}
+
+
+def is_running(pid: int) -> bool:
+    """Zombies do not count: their parent may be gone with nobody to reap them."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not is_running(pid)
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        (r"so \boxed{5}.", "5"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{7} and then \boxed{8", "7"),
+        (r"\boxed{never \boxed{7}", "7"),
+        (r"an open { brace, \boxed{7}", "7"),
+        (r"a stray } brace, \boxed{7}", "7"),
+        (r"\boxed{x = \boxed{7}}", r"x = \boxed{7}"),
+        (r"\boxed {7}", "7"),
+        (r"\fbox{7}", "7"),
+        (r"\\boxed{7}", None),
+        (r"\boxed{}", ""),
+        ("no box", None),
+        ("", None),
+    ],
+)
+def test_the_box_that_closes_last(text, inside):
+    assert last_boxed(text) == inside
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "answer"),
+    [
+        (r"<think>\boxed{1}</think> it is \boxed{2}", "boxed", "2"),
+        (r"<think>\boxed{1}</think> it is two", "boxed", None),
+        (r"<think>\boxed{1}", "boxed", "1"),
+        (r"\boxed{ }", "boxed", None),
+        (r"\boxed{$5$}", "boxed", "5"),
+        (r"\boxed{\boxed{5}}", "boxed", "5"),
+        ("6 * 3 = 18\n#### 18", "####", "18"),
+        ("#### 17\n#### 18\nDone.", "####", "18"),
+        ("####\n18", "####", "18"),
+        ("#### ", "####", None),
+        (r"\boxed{18}", "####", None),
+        ("Answer: #### $1,800.", "####", "1,800"),
+    ],
+)
+def test_the_answer_of_a_response(text, pattern, answer):
+    assert extract_answer(text, pattern) == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "cleaned"),
+    [
+        (" 5 ", "5"),
+        ("$$x^2$$", "x^2"),
+        (r"\(x\)", "x"),
+        (r"\[ x \]", "x"),
+        (r"\$18", "18"),
+        ("18$", "18"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} + \boxed{2}", r"\boxed{1} + \boxed{2}"),
+        ("\N{MINUS SIGN}3", "-3"),
+        ("a\n  b", "a b"),
+        ("5.", "5"),
+    ],
+)
+def test_what_carries_no_meaning_is_cleaned_away(answer, cleaned):
+    assert clean_answer(answer) == cleaned
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "expected"),
+    [
+        ("18", "18", True),
+        ("1,000", "1000", True),
+        ("1000", "1000.0", True),
+        ("0.5", ".5", True),
+        ("-3", "3", False),
+        ("+3", "3", True),
+        ("18", "81", False),
+        ("0.333333", "0.3333331", True),
+        ("0.333333", "0.33333", False),
+        ("123456789012345678901", "123456789012345678902", False),
+        ("Evelyn", r"\text{Evelyn}", True),
+        (r"\frac{1}{2}", r"\frac{1}{2}", True),
+        ("1,2", "12", None),
+        ("1/2", "0.5", None),
+        ("5", "50%", None),
+        ("5", "x" * 5000, False),
+    ],
+)
+def test_equal_texts_and_plain_numbers_need_no_math_verify(gold, answer, expected):
+    assert compare_quickly(gold, answer) is expected
+
+
+@given(st.integers(-(10**15), 10**15), st.integers(-(10**15), 10**15))
+@settings(derandomize=True, deadline=None)
+def test_numbers_are_compared_by_value_however_they_are_written(a, b):
+    for written in (f"{a}", f"{a:,}", f"{a}.0", f"{a:,}.", f"${a}"):
+        assert compare_quickly(str(b), clean_answer(written)) is (a == b)
+        assert compare_quickly(str(a), clean_answer(written)) is True
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "expected"),
+    [
+        (r"\frac12", "0.5", "correct"),
+        ("1/2", r"\frac{1}{2}", "correct"),
+        ("1/2", r"\frac{1}{3}", "wrong"),
+        (r"\frac{3}{4}", ".75", "correct"),
+        (r"3\frac{1}{2}", "7/2", "correct"),
+        ("-1/2", r"-\frac{1}{2}", "correct"),
+        ("-1/2", r"\frac{1}{2}", "wrong"),
+        ("[1,2)", "[1, 2)", "correct"),
+        ("[1,2)", "(1,2)", "wrong"),
+        (r"(-\infty, 3]", r"(-\infty,3]", "correct"),
+        (r"\{1,2,3\}", r"\{3,1,2\}", "correct"),
+        (r"\{1,2,3\}", r"\{1,2\}", "wrong"),
+        ("1, 2", "2, 1", "correct"),
+        (r"50\%", "0.5", "correct"),
+        ("50", r"50\%", "correct"),
+        ("50", r"60\%", "wrong"),
+        ("18", r"18\text{ dollars}", "correct"),
+        ("3", r"3 \text{ cm}^2", "correct"),
+        (r"\text{yes}", "yes", "correct"),
+        (r"\text{yes}", r"\text{no}", "wrong"),
+        (r"\text{(B)}", "B", "correct"),
+        (r"2\pi", r"\pi \cdot 2", "correct"),
+        (r"2\pi", r"\pi", "wrong"),
+        (r"\frac{\pi}{2}", r"0.5\pi", "correct"),
+        ("10,000", r"10{,}000", "correct"),
+        ("1,234,567", r"1{,}234{,}567", "correct"),
+        (r"\sqrt{8}", r"2\sqrt{2}", "correct"),
+        ("x=5", "5", "correct"),
+        ("5", "x = 5", "correct"),
+        ("15x - 80", "-80+15x", "correct"),
+        ("15x - 80", "15x + 80", "wrong"),
+        (r"90^\circ", "90", "correct"),
+        ("5", "6 $5", "wrong"),
+        ("5", "}{", "wrong"),
+        ("5", "\\", "wrong"),
+        ("5", "\0", "wrong"),
+        ("5", "\ud800", "wrong"),
+    ],
+)
+def test_math(grader, gold, answer, expected):
+    assert grader.grade([clean_answer(gold)], [clean_answer(answer)]) == [expected]
+
+
+def test_which_gold_answers_can_be_compared_with(grader):
+    golds = ["5", "1,000", r"\frac{1}{2}", r"\text{yes}", "?", "", "t(0,4]", "x" * 5000, "?"]
+    expected = [True, True, True, True, False, False, False, False, False]
+    assert grader.parseable(golds) == expected
+    assert grader.parseable([]) == [] and grader.grade([], []) == []
+
+
+def test_bombs_end_at_their_deadline_and_hold_nobody_up(strict_grader):
+    before = pids(strict_grader)
+    # Two bombs first, one for each worker; the easy ones have to come after them.
+    answers = [BOMBS[0], BOMBS[1], "0.5", "2/4", "1/3", BOMBS[2], "x+y"]
+    start = time.monotonic()
+    statuses = strict_grader.grade([r"\frac12"] * len(answers), answers)
+    took_s = time.monotonic() - start
+    expected = ["timeout", "timeout", "correct", "correct", "wrong", "timeout", "wrong"]
+    assert statuses == expected
+    assert took_s < 3 * BOMB_TIMEOUT_S + 3.0
+    assert not before & pids(strict_grader) and len(pids(strict_grader)) == 2
+    assert not any(is_running(pid) for pid in before)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{" + "(" * 10_000 + "1" + ")" * 10_000 + "}",
+        r"\boxed{" * 10_000 + "1" + "}" * 10_000,
+        r"\boxed{" * 150_000,
+        r"\boxed{" + "9" * 1_000_000 + "}",
+        r"\boxed{" + "1+" * 500_000 + "1}",
+        "{" * 1_000_000,
+        "\\" * 1_000_000,
+    ],
+    ids=["parentheses", "boxes", "open boxes", "digits", "sum", "braces", "backslashes"],
+)
+def test_huge_answers_are_refused_at_once(grader, text):
+    start = time.monotonic()
+    answer = extract_answer(text, "boxed")
+    assert answer is None or grader.grade(["5"], [answer]) == ["wrong"]
+    assert time.monotonic() - start < 5.0
+
+
+def test_a_memory_bomb_is_not_right_and_the_next_answer_is_graded():
+    with Grader(num_workers=1, timeout_s=5.0, memory_mib=64) as grader:
+        statuses = grader.grade(["5", "1/2"], ["2^{10^{10}}", "0.5"])
+    assert statuses[0] != "correct" and statuses[1] == "correct"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited on Linux only")
+def test_the_memory_limit_counts_from_what_is_in_use():
+    script = textwrap.dedent(
+        f"""
+        import runpy
+        limit_memory = runpy.run_path({str(grader_module._worker_file)!r})["limit_memory"]
+        limit_memory(128)
+        kept = bytearray(64 * 2**20)
+        try:
+            bytearray(128 * 2**20)
+        except MemoryError:
+            print("refused")
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "refused\n", done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited on Linux only")
+def test_workers_have_a_memory_limit(strict_grader):
+    for pid in pids(strict_grader):
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        (line,) = [line for line in limits.splitlines() if line.startswith("Max address space")]
+        in_use = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+        assert 0 < int(line.split()[3]) <= in_use + 512 * 2**20
+
+
+def test_a_worker_that_dies_at_work_costs_one_error(strict_grader):
+    killer = threading.Timer(0.5, lambda: [os.kill(pid, signal.SIGKILL) for pid in before])
+    before = pids(strict_grader)
+    killer.start()
+    answers = [BOMBS[0], BOMBS[0], "0.5"]
+    assert strict_grader.grade(["1/2"] * 3, answers) == ["error", "error", "correct"]
+    killer.join()
+
+
+def test_a_worker_that_dies_idle_costs_nothing(strict_grader):
+    for pid in pids(strict_grader):
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until_gone(pid, 5.0)
+    assert strict_grader.grade(["1/2"] * 3, ["0.5", "2/4", "1/3"]) == ["correct"] * 2 + ["wrong"]
+
+
+def test_workers_take_no_notice_of_ctrl_c(strict_grader):
+    before = pids(strict_grader)
+    for pid in before:
+        os.kill(pid, signal.SIGINT)
+        assert os.getpgid(pid) != os.getpgid(0)
+    assert strict_grader.grade(["1/2"], ["0.5"]) == ["correct"]
+    assert pids(strict_grader) == before
+
+
+def test_an_interrupted_call_leaves_no_reply_behind(strict_grader):
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            strict_grader.grade(["1/2"] * 2, [BOMBS[0]] * 2)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert strict_grader.grade(["1/2"] * 2, ["1/3", "0.5"]) == ["wrong", "correct"]
+
+
+def test_closing_ends_the_workers():
+    grader = Grader(num_workers=2, timeout_s=1.0, memory_mib=512)
+    running = pids(grader)
+    assert len(running) == 2 and all(map(is_running, running))
+    grader.close()
+    assert not any(map(is_running, running))
+
+
+@pytest.mark.parametrize("answer", ["0.5", BOMBS[0]], ids=["idle", "at work"])
+def test_no_worker_outlives_a_parent_that_was_killed(answer):
+    script = textwrap.dedent(
+        f"""
+        import time
+        from prefix_rft.reward.grader import Grader
+        grader = Grader(num_workers=1, timeout_s=0.5, memory_mib=512)
+        grader.grade(["1/2"], ["2/4"])
+        grader._timeout_s = 60.0
+        print(grader._workers[0].process.pid, flush=True)
+        grader.grade(["1/2"], [{answer!r}])
+        time.sleep(60)
+        """
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    pid = int(parent.stdout.readline())
+    time.sleep(0.5)
+    parent.kill()
+    parent.communicate()
+    assert wait_until_gone(pid, 5.0)
+
+
+def test_a_worker_that_cannot_start_stops_the_run(tmp_path, monkeypatch):
+    broken = tmp_path / "worker.py"
+    broken.write_text("import no_such_package\n")
+    monkeypatch.setattr(grader_module, "_worker_file", broken)
+    with (
+        Grader(num_workers=2, timeout_s=1.0, memory_mib=512) as grader,
+        pytest.raises(RewardError, match="did not start: it ended(.|\n)*no_such_package"),
+    ):
+        grader.grade(["1/2"], ["0.5"])
+
+
+def test_a_worker_that_never_gets_ready_stops_the_run(tmp_path, monkeypatch):
+    asleep = tmp_path / "worker.py"
+    asleep.write_text("import time; time.sleep(60)\n")
+    monkeypatch.setattr(grader_module, "_worker_file", asleep)
+    monkeypatch.setattr(grader_module, "START_TIMEOUT_S", 0.5)
+    with (
+        Grader(num_workers=1, timeout_s=1.0, memory_mib=512) as grader,
+        pytest.raises(RewardError, match=r"did not start: not ready after 0\.5 s"),
+    ):
+        grader.grade(["1/2"], ["0.5"])
+
+
+def test_neither_the_grader_nor_its_workers_load_torch():
+    script = textwrap.dedent(
+        f"""
+        import runpy, sys
+        import prefix_rft.reward.grader
+        assert "math_verify" not in sys.modules
+        sys.argv = ["worker", "1.0", "512"]
+        runpy.run_path({str(grader_module._worker_file)!r}, run_name="__main__")
+        assert "math_verify" in sys.modules
+        assert not {{"torch", "transformers"}} & set(sys.modules)
+        """
+    )
+    assert subprocess.run([sys.executable, "-c", script], input=b"").returncode == 0
