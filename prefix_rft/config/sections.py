@@ -28,8 +28,8 @@ def _above(bound: float, section: object, *names: str) -> None:
     _check_each(section, names, lambda value: value > bound, f"above {bound}")
 
 
-def _shares(section: object, *names: str) -> None:
-    _check_each(section, names, lambda value: 0 <= value <= 1, "a share in [0, 1]")
+def _fractions(section: object, *names: str) -> None:
+    _check_each(section, names, lambda value: 0 <= value <= 1, "a fraction in [0, 1]")
 
 
 def _require_clip_range(clip: tuple[float, float], key: str) -> None:
@@ -57,7 +57,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", "a path or hub id", self.path)
         _at_least(1, self, "num_eval", "max_prompt_tokens")
-        _shares(self, "demonstration_fraction")
+        _fractions(self, "demonstration_fraction")
         for key, columns in (("columns", self.columns), ("eval_columns", self.eval_columns)):
             require(
                 not columns
@@ -92,15 +92,15 @@ class TestbedConfig:
     max_operand: int = 6
     max_value: int = 20  # no number in a problem, given or intermediate, is larger
     # What the base is taught, as shares of its texts:
-    asked_share: float = 0.6  # the prompt asks for the steps, and they are shown
+    asked_fraction: float = 0.6  # the prompt asks for the steps, and they are shown
     easy_steps: int = 3  # problems of up to that many steps count as easy
-    easy_worked_share: float = 0.95  # of the easy ones, where the prompt does not ask
-    hard_worked_share: float = 0.02  # of the others; the rest are guessed at once
+    easy_worked_fraction: float = 0.95  # of the easy ones, where the prompt does not ask
+    hard_worked_fraction: float = 0.02  # of the others; the rest are guessed at once
 
     def __post_init__(self) -> None:
         _at_least(1, self, "num_train", "max_operand")
         _at_least(0, self, "easy_steps")
-        _shares(self, "easy_worked_share", "hard_worked_share", "asked_share")
+        _fractions(self, "easy_worked_fraction", "hard_worked_fraction", "asked_fraction")
         require(
             1 <= self.min_steps <= self.max_steps <= 26,
             "testbed.min_steps",
@@ -212,7 +212,7 @@ class VLLMConfig:
         is_url = self.server_url.startswith(("http://", "https://"))
         require(is_url, "vllm.server_url", "http://host:port", self.server_url)
         _above(0, self, "gpu_memory_utilization")
-        _shares(self, "gpu_memory_utilization")
+        _fractions(self, "gpu_memory_utilization")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +247,7 @@ class MethodConfig:
     selection_order: Literal["high", "low", "random"] = "high"
 
     def __post_init__(self) -> None:
-        _shares(self, "selection_fraction")
+        _fractions(self, "selection_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,13 +278,13 @@ class RewardConfig:
     num_workers: int = 2  # grader processes
     timeout_s: float = 5.0  # per answer; then the worker is killed and replaced
     memory_mib: int = 1024  # address space of a worker above its start
-    max_error_share: float = 0.5  # of a step's rollouts; above it the run stops
+    max_error_fraction: float = 0.5  # of a step's rollouts; above it the run stops
 
     def __post_init__(self) -> None:
         _at_least(1, self, "num_workers")
         _at_least(64, self, "memory_mib")
         _above(0, self, "timeout_s")
-        _shares(self, "max_error_share")
+        _fractions(self, "max_error_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,10 +96,12 @@ def _draw(rng: random.Random, config: TestbedConfig, min_steps: int) -> TestbedR
 
 
 def _lesson(rng: random.Random, config: TestbedConfig, row: TestbedRow) -> tuple[str, str]:
-    if rng.random() < config.asked_share:
+    if rng.random() < config.asked_fraction:
         return row["prompt"] + _ASKED, row["demonstration"]
     is_easy = row["num_steps"] <= config.easy_steps
-    is_worked = rng.random() < (config.easy_worked_share if is_easy else config.hard_worked_share)
+    is_worked = rng.random() < (
+        config.easy_worked_fraction if is_easy else config.hard_worked_fraction
+    )
     return row["prompt"], row["demonstration"] if is_worked else _boxed(row["answer"])
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import Config
-from prefix_rft.doctor.memory import UNCOUNTED_SHARE, memory_terms, peak_bytes, shortfalls
+from prefix_rft.doctor.memory import UNCOUNTED_FRACTION, memory_terms, peak_bytes, shortfalls
 from prefix_rft.doctor.shapes import Place, shapes_of
 from prefix_rft.model import resolve_autocast_dtype, resolve_device, resolve_weight_dtypes
 
@@ -77,7 +77,9 @@ def print_memory(config: Config, *, num_processes: int, device_gib: float | None
     plan = f"planned for {place.device} and {_compute_dtype(config, place.device)}"
     title = f"Memory of {config.name}, {plan}, one process of {num_processes} ({shapes.source})"
     _print(title, ("term", "when", "estimate", "formula"), rows)
-    room = f"{_size(place.device_bytes)}, of which {UNCOUNTED_SHARE:.0%} are kept for what no term"
+    room = (
+        f"{_size(place.device_bytes)}, of which {UNCOUNTED_FRACTION:.0%} are kept for what no term"
+    )
     reasons = shortfalls(config, shapes, place, terms)
     verdict = f"does not fit: {'; '.join(reasons)}" if reasons else "fits"
     _console().print(f"Device of {room} counts: {verdict}.")

@@ -9,7 +9,9 @@ from prefix_rft.config import Config
 from prefix_rft.doctor.shapes import Place, Shapes, Weight
 
 WORKSPACE_BYTES = 2**30  # what the vocabulary-sized ops of rft_kernels allow themselves
-UNCOUNTED_SHARE = 0.1  # of the device: its context, communication buffers, fragments, kernels' own
+UNCOUNTED_FRACTION = (
+    0.1  # of the device: its context, communication buffers, fragments, kernels' own
+)
 _FLOAT32 = 4
 _BLOCK, _SMALLEST = 256, 4096  # torchao: numbers with a scale of their own; fewer are kept whole
 
@@ -46,8 +48,8 @@ def peak_bytes(terms: Sequence[MemoryTerm], phase: Literal["update", "rollout", 
 def shortfalls(
     config: Config, shapes: Shapes, place: Place, terms: Sequence[MemoryTerm]
 ) -> list[str]:
-    """Why the run does not fit into what `UNCOUNTED_SHARE` leaves; nothing where it does."""
-    limit = int((1 - UNCOUNTED_SHARE) * place.device_bytes)
+    """Why the run does not fit into what `UNCOUNTED_FRACTION` leaves; nothing where it does."""
+    limit = int((1 - UNCOUNTED_FRACTION) * place.device_bytes)
     reasons = [
         f"{phase} needs {peak_bytes(terms, phase) / 2**30:.1f} GiB of {limit / 2**30:.1f}"
         for phase in ("update", "rollout")

@@ -30,7 +30,7 @@ def summarize(answers: Sequence[Answers]) -> dict:
         f"avg@{k}_ci95": bootstrap_interval(sampled.mean(axis=1)),
         f"pass@{k}": float(np.mean([pass_at_k(k, int(c), k) for c in num_correct])),
         "response_length_mean": float(np.mean([each.lengths for each in answers])),
-        "truncated_share": float(np.mean([each.truncated for each in answers])),
+        "truncated_frac": float(np.mean([each.truncated for each in answers])),
         "statuses": dict(Counter(status for each in answers for status in each.statuses)),
     }
 

@@ -11,12 +11,12 @@ from prefix_rft.metrics.measures import (
     throughput,
 )
 from prefix_rft.metrics.report import write_report
-from prefix_rft.metrics.step_metrics import Ledger
+from prefix_rft.metrics.step_metrics import StepMetrics
 from prefix_rft.metrics.summary import COLUMNS, result_rows
 
 __all__ = [
     "COLUMNS",
-    "Ledger",
+    "StepMetrics",
     "LogProbGapError",
     "MetricsLogger",
     "NoLogger",

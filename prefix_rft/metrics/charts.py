@@ -57,7 +57,7 @@ CHARTS = (
     Chart(
         title="Reward",
         series={
-            "reward/ordinary_mean": "ordinary rollouts",
+            "reward/on_policy_mean": "ordinary rollouts",
             "reward/hybrid_mean": "hybrid rollouts",
             "reward/mean": "all",
         },
@@ -70,7 +70,7 @@ CHARTS = (
             "prefix/low": "window, low",
             "prefix/high": "window, high",
             "prefix/ratio_mean": "mean drawn",
-            "prefix/contains_answer_share": "prefixes with the answer",
+            "prefix/contains_answer_frac": "prefixes with the answer",
         },
         form="window",
         limits=SHARE,
@@ -94,9 +94,9 @@ CHARTS = (
         title="Rollouts",
         unit="share",
         series={
-            "rollout/left_out_share": "without gradient, left out",
-            "rollout/truncated_share": "truncated",
-            "policy/kept_share": "prefix tokens kept",
+            "rollout/left_out_frac": "without gradient, left out",
+            "rollout/truncated_frac": "truncated",
+            "policy/kept_frac": "prefix tokens kept",
         },
         limits=(0.0, None),
     ),

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.checks import UserError
 from prefix_rft.data_types import Group, TrainBatch, Update
-from prefix_rft.metrics.step_metrics import Ledger
+from prefix_rft.metrics.step_metrics import StepMetrics
 
 
 class LogProbGapError(UserError):
@@ -21,7 +21,7 @@ STATUSES = ("correct", "wrong", "no_answer", "timeout", "error")
 
 
 def measure_rollouts(
-    ledger: Ledger,
+    step_metrics: StepMetrics,
     groups: Sequence[Group],
     tokenizer: PreTrainedTokenizerBase,
     has_answer: Callable[[str], bool],
@@ -36,51 +36,53 @@ def measure_rollouts(
     ]
     for rollout in rollouts:
         kind = "hybrid" if rollout.is_hybrid else "ordinary"
-        ledger.mean("reward/mean", rollout.reward, 1)
-        ledger.mean(f"reward/{kind}_mean", rollout.reward, 1)
-        ledger.mean("rollout/response_length_mean", len(rollout.response_ids), 1)
-        ledger.mean("rollout/truncated_share", rollout.finish_reason == "length", 1)
-        ledger.add("rollout/generated_tokens_sum", len(rollout.rollout_log_probs))
+        step_metrics.mean("reward/mean", rollout.reward, 1)
+        step_metrics.mean(f"reward/{kind}_mean", rollout.reward, 1)
+        step_metrics.mean("rollout/response_length_mean", len(rollout.response_ids), 1)
+        step_metrics.mean("rollout/truncated_frac", rollout.finish_reason == "length", 1)
+        step_metrics.add("rollout/generated_tokens_sum", len(rollout.rollout_log_probs))
     for rollout, demonstration_length in hybrids:
         prefix = tokenizer.decode(rollout.response_ids[: rollout.prefix_length])
-        ledger.mean("prefix/ratio_mean", rollout.prefix_length / demonstration_length, 1)
-        ledger.mean("prefix/contains_answer_share", has_answer(prefix), 1)
+        step_metrics.mean("prefix/ratio_mean", rollout.prefix_length / demonstration_length, 1)
+        step_metrics.mean("prefix/contains_answer_frac", has_answer(prefix), 1)
     statuses = Counter(rollout.status for rollout in rollouts)
     for status in STATUSES:
-        ledger.add(f"grader/{status}_sum", statuses[status])
+        step_metrics.add(f"grader/{status}_sum", statuses[status])
 
 
-def measure_updates(ledger: Ledger, groups: Sequence[Group], updates: Sequence[Update]) -> None:
+def measure_updates(
+    step_metrics: StepMetrics, groups: Sequence[Group], updates: Sequence[Update]
+) -> None:
     """Loss, gradient, clipping, selection, entropies, and the gap between engine and trainer."""
     num_rollouts = sum(len(group.rollouts) for group in groups)
     num_rows = sum(len(update.rows) for update in updates)
-    ledger.mean("rollout/left_out_share", num_rollouts - num_rows, num_rollouts)
-    ledger.add("optim/skipped_updates_sum", 0)
+    step_metrics.mean("rollout/left_out_frac", num_rollouts - num_rows, num_rollouts)
+    step_metrics.add("optim/skipped_updates_sum", 0)
     for update in updates:
-        _measure_update(ledger, update)
+        _measure_update(step_metrics, update)
 
 
-def _measure_update(ledger: Ledger, update: Update) -> None:
+def _measure_update(step_metrics: StepMetrics, update: Update) -> None:
     batch, sums = update.batch, update.sums
-    ledger.mean("policy/loss_mean", update.loss, 1)
+    step_metrics.mean("policy/loss_mean", update.loss, 1)
     num_tokens = sums["num_tokens"]
-    ledger.mean("policy/clip_low_frac", sums["clipped_low"], num_tokens)
-    ledger.mean("policy/clip_high_frac", sums["clipped_high"], num_tokens)
-    ledger.mean("policy/approx_kl_mean", sums["approx_kl_sum"], num_tokens)
+    step_metrics.mean("policy/clip_low_frac", sums["clipped_low"], num_tokens)
+    step_metrics.mean("policy/clip_high_frac", sums["clipped_high"], num_tokens)
+    step_metrics.mean("policy/approx_kl_mean", sums["approx_kl_sum"], num_tokens)
     finite = math.isfinite(update.grad_norm)
-    ledger.add("optim/skipped_updates_sum", not finite)
+    step_metrics.add("optim/skipped_updates_sum", not finite)
     if finite:
-        ledger.mean("optim/grad_norm_mean", update.grad_norm, 1)
+        step_metrics.mean("optim/grad_norm_mean", update.grad_norm, 1)
 
     prefix = batch.prefix_mask
     continuation = batch.response_mask & ~prefix & (batch.advantages != 0)
-    ledger.mean("policy/kept_share", batch.selected_mask.sum(), prefix.sum())
-    ledger.mean("policy/prefix_entropy_mean", update.entropy[prefix].sum(), prefix.sum())
-    ledger.mean(
+    step_metrics.mean("policy/kept_frac", batch.selected_mask.sum(), prefix.sum())
+    step_metrics.mean("policy/prefix_entropy_mean", update.entropy[prefix].sum(), prefix.sum())
+    step_metrics.mean(
         "policy/continuation_entropy_mean", update.entropy[continuation].sum(), continuation.sum()
     )
     for name, value in gap_metrics(log_prob_gap(batch, update.log_probs)).items():
-        ledger.maximum(f"rollout/log_prob_gap_{name}", value)
+        step_metrics.maximum(f"rollout/log_prob_gap_{name}", value)
 
 
 def throughput(metrics: Mapping[str, float], updates: Sequence[Update]) -> dict[str, float]:

@@ -22,7 +22,7 @@ FIGURES: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         "reward",
         (
             ("", "reward/mean", ".3f"),
-            ("ordinary", "reward/ordinary_mean", ".3f"),
+            ("ordinary", "reward/on_policy_mean", ".3f"),
             ("hybrid", "reward/hybrid_mean", ".3f"),
         ),
     ),
@@ -31,7 +31,7 @@ FIGURES: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         (
             ("from", "prefix/low", ".2f"),
             ("to", "prefix/high", ".2f"),
-            ("kept", "policy/kept_share", ".2f"),
+            ("kept", "policy/kept_frac", ".2f"),
         ),
     ),
     (
@@ -45,8 +45,8 @@ FIGURES: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
     (
         "rollouts",
         (
-            ("left out", "rollout/left_out_share", ".2f"),
-            ("truncated", "rollout/truncated_share", ".2f"),
+            ("left out", "rollout/left_out_frac", ".2f"),
+            ("truncated", "rollout/truncated_frac", ".2f"),
             ("tokens", "rollout/response_length_mean", ".0f"),
         ),
     ),

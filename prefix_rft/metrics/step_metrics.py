@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Ledger:
+class StepMetrics:
     """Collects named figures."""
 
     def __init__(self) -> None:

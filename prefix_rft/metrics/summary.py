@@ -29,15 +29,15 @@ def result_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str
     ]
 
 
-def is_share(name: str) -> bool:
-    return name == "greedy" or name.startswith(("avg@", "pass@")) or name.endswith("_share")
+def is_fraction(name: str) -> bool:
+    return name == "greedy" or name.startswith(("avg@", "pass@")) or name.endswith("_frac")
 
 
 def _text(name: str, results: Mapping[str, Any]) -> str:
     value = results.get(name)
     if value is None:
         return ""
-    if not is_share(name):
+    if not is_fraction(name):
         return f"{value:.1f}"
     interval = results.get(f"{name}_ci95")
     around = f" ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})" if interval else ""
@@ -47,4 +47,4 @@ def _text(name: str, results: Mapping[str, Any]) -> str:
 def _change(name: str, before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return ""
-    return f"{100 * (after - before):+.1f}" if is_share(name) else f"{after - before:+.1f}"
+    return f"{100 * (after - before):+.1f}" if is_fraction(name) else f"{after - before:+.1f}"

@@ -93,19 +93,19 @@ class World:
                 f"sharding.timeout_s ({reason}); the last checkpoint is whole: --resume"
             ) from error
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's part of `items`: every size-th."""
         return items[self.rank :: self.size]
 
-    def merge(self, share: Sequence[T]) -> list[T]:
-        """All items, in order, from each rank's share of them. Collective."""
-        shares = self.gather(list(share))
-        merged: list[Any] = [None] * sum(map(len, shares))
-        for rank, part in enumerate(shares):
-            merged[rank :: self.size] = part
-        return merged
+    def all_gather(self, shard: Sequence[T]) -> list[T]:
+        """All items, in order, from each rank's shard of them. Collective."""
+        shards = self.all_gather_object(list(shard))
+        items: list[Any] = [None] * sum(map(len, shards))
+        for rank, part in enumerate(shards):
+            items[rank :: self.size] = part
+        return items
 
-    def gather(self, item: T) -> list[T]:
+    def all_gather_object(self, item: T) -> list[T]:
         """Every rank's `item`, in order of rank. Collective."""
         items = [item]
         if self.size > 1:
@@ -113,13 +113,13 @@ class World:
             dist.all_gather_object(items, item)
         return items
 
-    def sum_(self, *tensors: torch.Tensor) -> None:
+    def all_reduce(self, *tensors: torch.Tensor) -> None:
         """Overwrites each tensor by its sum over the ranks. Collective."""
         if self.size > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
-    def from_main(self, function: Callable[[], T]) -> T:
+    def broadcast(self, function: Callable[[], T]) -> T:
         """What `function` returns on rank 0, or the UserError that it raises there. Collective."""
         outcome = [attempt(function) if self.is_main else None]
         if self.size > 1:
@@ -142,7 +142,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard(
+def shard_module(
     model: nn.Module,
     parts: Sequence[nn.Module],
     mesh: DeviceMesh,

@@ -130,7 +130,7 @@ def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: Wor
     offload = config.sharding.cpu_offload
     source: list[PreTrainedModel] = []  # one model on rank 0, none elsewhere
     on_host = host_config(config.model, device)
-    world.from_main(lambda: source.append(load_model(on_host, path, seed=config.seed)))
+    world.broadcast(lambda: source.append(load_model(on_host, path, seed=config.seed)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(**_architecture(config.model, path))
         _prepare(model, config.model, seed=config.seed)
@@ -144,11 +144,11 @@ def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: Wor
             full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload
         ),
     )
-    buffers = world.from_main(lambda: dict(source[0].named_buffers()))
+    buffers = world.broadcast(lambda: dict(source[0].named_buffers()))
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer.to(device))
-    model.generation_config = world.from_main(lambda: source[0].generation_config)
+    model.generation_config = world.broadcast(lambda: source[0].generation_config)
     policy.check_forward()
     return policy
 
@@ -316,7 +316,7 @@ def export(
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     weights = full_weights(model, dtype=dtype, bucket_bytes=_EXPORT_BUCKET_BYTES)
     state = {name: weight.cpu() for name, weight in weights if world.is_main}
-    world.from_main(lambda: _write(model, state, dtype, tokenizer, Path(folder)))
+    world.broadcast(lambda: _write(model, state, dtype, tokenizer, Path(folder)))
 
 
 def _write(

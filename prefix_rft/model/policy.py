@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from prefix_rft.checks import ConfigError
 from prefix_rft.data_types import TrainBatch
 from prefix_rft.model.attention import LEAN_SDPA
-from prefix_rft.model.distributed import gathered, shard
+from prefix_rft.model.distributed import gathered, shard_module
 
-_MAX_LOGITS_DIFFERENCE = 0.05  # share of the largest logit; above what bfloat16 loses
+_MAX_LOGITS_DIFFERENCE = 0.05  # fraction of the largest logit; above what bfloat16 loses
 
 
 class Policy(nn.Module):
@@ -124,7 +124,7 @@ class Policy(nn.Module):
         layers = self.model.get_decoder().layers
         tied = self.lm_head.weight is self.model.get_input_embeddings().weight
         parts = [*layers] if tied else [*layers, self.lm_head]
-        shard(self, parts, mesh, param_dtype=self.autocast_dtype, cpu_offload=cpu_offload)
+        shard_module(self, parts, mesh, param_dtype=self.autocast_dtype, cpu_offload=cpu_offload)
         self.autocast_dtype = None  # the weights are gathered in it
 
     def gathered(self) -> AbstractContextManager:

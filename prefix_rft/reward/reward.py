@@ -141,12 +141,12 @@ class Rewarder:
     ) -> None:
         """Raise RewardError where too many of the grader's scores are errors."""
         errors = [i for i, score in enumerate(scores) if score.status == "error"]
-        if len(errors) > self._config.max_error_share * len(scores):
+        if len(errors) > self._config.max_error_fraction * len(scores):
             answer = extract_answer(completions[errors[0]], self._answer_pattern)
             example = f"{answer!r:.200} against {problems[errors[0]].answer!r:.200}"
             raise RewardError(
                 f"the grader failed on {len(errors)} of {len(scores)} responses, more than "
-                f"reward.max_error_share = {self._config.max_error_share} allows; one was {example}"
+                f"reward.max_error_fraction = {self._config.max_error_fraction} allows; one was {example}"
             )
 
     def _score_by_function(

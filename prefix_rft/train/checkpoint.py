@@ -114,7 +114,7 @@ class CheckpointWriter:
         target = checkpoint_dir(self.run_dir, state.step)
         partial = target.with_name(f".partial-{target.name}")
         description = {"format": FORMAT, "shapes": _shapes(model), "state": asdict(state)}
-        self.world.from_main(lambda: self._guard(target, lambda: _start(partial, description)))
+        self.world.broadcast(lambda: self._guard(target, lambda: _start(partial, description)))
         model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
         saved = {"model": model_state, "optimizer": optimizer_state}
 
@@ -138,7 +138,7 @@ class CheckpointWriter:
             self._pending = self._executor.submit(self._guard, target, complete)
         else:
             self._guard(target, complete)
-            self.world.gather(None)  # nobody goes on before it is in its place
+            self.world.all_gather_object(None)  # nobody goes on before it is in its place
 
     def check(self) -> None:
         """Raise the CheckpointError of a checkpoint that has failed since; waits for nothing."""
@@ -152,7 +152,7 @@ class CheckpointWriter:
             CheckpointError: it could not be written.
         """
         pending, self._pending = self._pending, None
-        errors = self.world.gather(None if pending is None else _error_of(pending))
+        errors = self.world.all_gather_object(None if pending is None else _error_of(pending))
         for error in errors:
             if error is not None:
                 raise error
@@ -217,7 +217,7 @@ def load_checkpoint(
         CheckpointError: the checkpoint is damaged, of another model or of other data.
     """
     world = World() if world is None else world
-    description = world.from_main(lambda: _verify(path))
+    description = world.broadcast(lambda: _verify(path))
     _require_same_model(path, description["shapes"], model)
     state = TrainerState(**description["state"])
     if state.data_fingerprint != data_fingerprint:

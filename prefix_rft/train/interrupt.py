@@ -29,7 +29,7 @@ class Interrupt:
         self.signal: int | None = None  # the one that came
         self._world = World() if world is None else world
         self._time = 0.0
-        self._abandonable = False
+        self._cancellable = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -47,11 +47,11 @@ class Interrupt:
                 signal.raise_signal(number)
             return
         self.signal, self._time = number, time.monotonic()
-        if self._abandonable:
+        if self._cancellable:
             raise Stopped(number)
 
     @contextmanager
-    def abandonable(self, *, at_once: bool = True) -> Iterator[None]:
+    def cancellable(self, *, at_once: bool = True) -> Iterator[None]:
         """A section that changes nothing worth keeping, and in which no rank waits for another.
 
         A signal or an error that the user can put right, on any rank, ends it on all: they meet at
@@ -66,12 +66,12 @@ class Interrupt:
         try:
             if self.signal is not None:
                 raise Stopped(self.signal)
-            self._abandonable = at_once
+            self._cancellable = at_once
             yield
         except (Stopped, UserError) as error:
             trouble = error
         finally:
-            self._abandonable = False
-        for found in self._world.gather(trouble):
+            self._cancellable = False
+        for found in self._world.all_gather_object(trouble):
             if found is not None:
                 raise found

@@ -120,7 +120,7 @@ def take_rows(batch: TrainBatch, rows: Sequence[int]) -> TrainBatch:
     return replace(batch, **tokens, lengths=lengths, cu_seqlens=cu_seqlens, active_rows=None)
 
 
-def filler(batch: TrainBatch) -> TrainBatch:
+def dummy_batch(batch: TrainBatch) -> TrainBatch:
     """The shortest row of `batch` without any token in the loss, for a rank that has no row left.
 
     Its forward and backward keep the rank in step with the others, and add nothing.

@@ -60,7 +60,7 @@ def train(config: Config, *, resume: bool = False) -> dict:
 
 def _train(config: Config, world: World, *, resume: bool) -> dict:
     run_dir = config.run_dir
-    summary, checkpoints = world.from_main(lambda: _open_run(config, resume))
+    summary, checkpoints = world.broadcast(lambda: _open_run(config, resume))
     if "trained" in summary:
         if world.is_main:
             print(f"{run_dir} is finished, nothing is left to do")
@@ -69,14 +69,14 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
 
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt(world))
-        with interrupt.abandonable():
+        with interrupt.cancellable():
             base = resolve_base(config) if world.is_main else None
-        base = world.from_main(lambda: base)
-        with interrupt.abandonable() if world.size == 1 else nullcontext():
+        base = world.broadcast(lambda: base)
+        with interrupt.cancellable() if world.size == 1 else nullcontext():
             setup = stack.enter_context(Setup(config, base, world))
             trainer = setup.trainer()
         if not checkpoints:
-            world.from_main(lambda: save_config(config, run_dir / CONFIG_FILE))
+            world.broadcast(lambda: save_config(config, run_dir / CONFIG_FILE))
         logger = stack.enter_context(
             MetricsLogger(
                 run_dir,
@@ -97,7 +97,7 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
         if checkpoints:
             logger.message(f"resuming from {checkpoints[-1]}")
             trainer.restore(checkpoints[-1])
-            world.from_main(lambda: save_config(config, run_dir / CONFIG_FILE))
+            world.broadcast(lambda: save_config(config, run_dir / CONFIG_FILE))
         else:
             logger.log(0, _eval_metrics(summary["base"]), kind="eval")
         _loop(config, setup, trainer, logger, interrupt)
@@ -201,10 +201,10 @@ class Setup:
         """Accuracy of the current weights, known as `version`, on the held-out problems."""
         with (
             serving(self.engine, self.policy, version),
-            interrupt.abandonable(at_once=not self.engine.is_collective),
+            interrupt.cancellable(at_once=not self.engine.is_collective),
         ):
             answers = answer(
-                self.world.share(self.data.held_out),
+                self.world.shard(self.data.held_out),
                 self.engine,
                 self.rewarder,
                 self.tokenizer,
@@ -212,7 +212,7 @@ class Setup:
                 max_response_length=self.config.rollout.max_response_length,
                 seed=self.config.seed * self.world.size + self.world.rank,
             )
-        return summarize(self.world.merge(answers))
+        return summarize(self.world.all_gather(answers))
 
 
 def _check_length(config: Config, model_path: Path | str) -> None:
@@ -255,7 +255,7 @@ def _loop(
                 done = trainer.step_index
                 if done == num_steps or (every and done % every == 0):
                     saved = trainer.save(checkpoints)
-                with interrupt.abandonable():
+                with interrupt.cancellable():
                     checkpoints.check()
                 if config.eval.every and done % config.eval.every == 0 and done < num_steps:
                     results = setup.evaluate(interrupt, version=done)

@@ -20,7 +20,7 @@ from prefix_rft.data import batch_indices
 from prefix_rft.data_types import Completion, Group, MiniBatch, Problem, Rollout, TrainBatch, Update
 from prefix_rft.methods import make_method
 from prefix_rft.metrics import (
-    Ledger,
+    StepMetrics,
     check_gap,
     describe_group,
     log_prob_gap,
@@ -34,7 +34,7 @@ from prefix_rft.rollout import RolloutEngine, serving
 from prefix_rft.train.checkpoint import CheckpointWriter, TrainerState, load_checkpoint
 from prefix_rft.train.interrupt import Interrupt
 from prefix_rft.train.optimizer import learning_rate, make_optimizer, set_learning_rate
-from prefix_rft.train.packing import filler, pack, plan_micro_batches, take_rows, token_index
+from prefix_rft.train.packing import dummy_batch, pack, plan_micro_batches, take_rows, token_index
 
 
 class Trainer:
@@ -68,27 +68,29 @@ class Trainer:
         self.step_index = 0  # steps done
 
     def train_step(self, interrupt: Interrupt) -> tuple[dict[str, float], dict]:
-        """Advance by one step; a signal that comes before the first update abandons it.
+        """Advance by one step; a signal that comes before the first update cancels it.
 
         Returns:
             the step's metrics by name, and one group of rollouts described for the report.
         """
-        ledger = Ledger()
-        with ledger.phase("step"):
-            groups = self.rollouts(ledger, interrupt)
+        step_metrics = StepMetrics()
+        with step_metrics.phase("step"):
+            groups = self.rollouts(step_metrics, interrupt)
             mini_batches = self.mini_batches(groups)
             if self.updates_per_step > 1:
-                mini_batches = [self.with_old_log_probs(each, ledger) for each in mini_batches]
+                mini_batches = [
+                    self.with_old_log_probs(each, step_metrics) for each in mini_batches
+                ]
             lr = learning_rate(
                 self.step_index, self.config.optimizer, self.config.trainer.num_steps
             )
             set_learning_rate(self.optimizer, lr)
-            ledger.add("optim/lr", lr)
-            updates = [self.update(mini_batch, ledger) for mini_batch in mini_batches]
+            step_metrics.add("optim/lr", lr)
+            updates = [self.update(mini_batch, step_metrics) for mini_batch in mini_batches]
             self.step_index += 1
-        measure_rollouts(ledger, groups, self.tokenizer, self.rewarder.has_answer)
-        measure_updates(ledger, groups, updates)
-        metrics = ledger.result()
+        measure_rollouts(step_metrics, groups, self.tokenizer, self.rewarder.has_answer)
+        measure_updates(step_metrics, groups, updates)
+        metrics = step_metrics.result()
         metrics |= throughput(metrics, updates)
         return metrics, describe_group(groups, updates, self.tokenizer)
 
@@ -109,27 +111,31 @@ class Trainer:
         )
         self.step_index = state.step
 
-    def rollouts(self, ledger: Ledger, interrupt: Interrupt) -> list[Group]:
+    def rollouts(self, step_metrics: StepMetrics, interrupt: Interrupt) -> list[Group]:
         """The groups of this step, generated and scored."""
         config, step = self.config, self.step_index
         for name, value in self.method.schedule(step).items():
-            ledger.add(name, value)
+            step_metrics.add(name, value)
         order = batch_indices(
             len(self.problems), config.trainer.prompts_per_step, step, config.seed
         )
         with ExitStack() as stack:
-            with ledger.phase("push"):
+            with step_metrics.phase("push"):
                 stack.enter_context(serving(self.engine, self.policy, version=step))
-            with interrupt.abandonable(at_once=not self.engine.is_collective):
-                share = self.generate([self.problems[i] for i in self.world.share(order)], ledger)
-        with ledger.phase("wait"):  # for the slowest rank
-            merged = self.world.merge(share)
+            with interrupt.cancellable(at_once=not self.engine.is_collective):
+                share = self.generate(
+                    [self.problems[i] for i in self.world.shard(order)], step_metrics
+                )
+        with step_metrics.phase("wait"):  # for the slowest rank
+            merged = self.world.all_gather(share)
         return [
             Group(problem=self.problems[i], rollouts=rollouts)
             for i, rollouts in zip(order, merged, strict=True)
         ]
 
-    def generate(self, problems: Sequence[Problem], ledger: Ledger) -> list[tuple[Rollout, ...]]:
+    def generate(
+        self, problems: Sequence[Problem], step_metrics: StepMetrics
+    ) -> list[tuple[Rollout, ...]]:
         """The scored rollouts of one group for each of `problems`."""
         config, step = self.config, self.step_index
         planned = [
@@ -145,7 +151,7 @@ class Trainer:
                 texts[index] = self.tokenizer.decode(ids, skip_special_tokens=True)
                 scoring.add(index, texts[index])
 
-            with ledger.phase("generate"):
+            with step_metrics.phase("generate"):
                 completions = self.engine.generate(
                     [request for _, request in planned],
                     temperature=config.rollout.temperature,
@@ -153,7 +159,7 @@ class Trainer:
                     weights_version=step,
                     on_done=score,
                 )
-            with ledger.phase("reward"):  # of what is still to be graded
+            with step_metrics.phase("reward"):  # of what is still to be graded
                 scores = scoring.scores()
         rollouts = [
             Rollout(
@@ -186,15 +192,15 @@ class Trainer:
                 mini_batches.append(MiniBatch(rows=rows, batch=batch, num_rollouts=num_rollouts))
         return mini_batches
 
-    def with_old_log_probs(self, mini_batch: MiniBatch, ledger: Ledger) -> MiniBatch:
+    def with_old_log_probs(self, mini_batch: MiniBatch, step_metrics: StepMetrics) -> MiniBatch:
         """The log-probs of the policy that generated, for updates that move away from it."""
         batch = mini_batch.batch
-        with ledger.phase("old_policy"):
+        with step_metrics.phase("old_policy"):
             log_probs, _ = self.token_stats(batch, range(len(batch.lengths)))
         check_gap(log_prob_gap(batch, log_probs), self.config.rollout.max_log_prob_gap)
         return replace(mini_batch, batch=replace(batch, old_log_probs=log_probs))
 
-    def update(self, mini_batch: MiniBatch, ledger: Ledger) -> Update:
+    def update(self, mini_batch: MiniBatch, step_metrics: StepMetrics) -> Update:
         """Select prefix tokens, sum the gradient over micro-batches, take one optimizer step.
 
         A gradient that is not finite is dropped, and counted.
@@ -203,12 +209,12 @@ class Trainer:
             LogProbGapError: the engine sampled from something else; nothing was updated.
         """
         config, batch = self.config, mini_batch.batch
-        with ledger.phase("old_policy"):
+        with step_metrics.phase("old_policy"):
             hybrid = [i for i, row in enumerate(mini_batch.rows) if row.rollout.is_hybrid]
             _, entropy = self.token_stats(batch, hybrid)
             selected = self.method.select(entropy, batch, seed=self.step_index)
             batch = replace(batch, selected_mask=selected)
-        with ledger.phase("update"):
+        with step_metrics.phase("update"):
             normalizer = mini_batch.num_rollouts * config.rollout.max_response_length
             # On the host, for the loss to know how many rows it computes: one wait an update.
             is_active = (batch.response_mask & (~batch.prefix_mask | selected)).cpu()
@@ -216,7 +222,7 @@ class Trainer:
             losses = []
             for rows in self.micro_batches(batch.lengths):
                 index = token_index(batch, rows)
-                part = take_rows(batch, rows) if rows else filler(batch)
+                part = take_rows(batch, rows) if rows else dummy_batch(batch)
                 active_rows = is_active[index.cpu()].nonzero()[:, 0].to(index.device)
                 part = replace(part, active_rows=active_rows)
                 out = self.method.loss(self.policy, part, normalizer)
@@ -226,7 +232,7 @@ class Trainer:
                 losses.append(out.metrics | {"loss": out.loss.detach()})
             sums = {name: sum(each[name] for each in losses) for name in losses[0]}
             del sums["ratio_max"]  # no sum
-            self.world.sum_(log_probs, active_entropy, *sums.values())
+            self.world.all_reduce(log_probs, active_entropy, *sums.values())
             if batch.old_log_probs is None:
                 check_gap(log_prob_gap(batch, log_probs), config.rollout.max_log_prob_gap)
             parameters = self.policy.model.parameters()
@@ -253,11 +259,11 @@ class Trainer:
         entropy = torch.zeros_like(batch.advantages)
         for picks in self.micro_batches([batch.lengths[row] for row in rows]):
             part = [rows[pick] for pick in picks]
-            stats = self.policy.token_stats(take_rows(batch, part) if part else filler(batch))
+            stats = self.policy.token_stats(take_rows(batch, part) if part else dummy_batch(batch))
             index = token_index(batch, part)
             log_probs[index] = stats.log_probs[: len(index)]
             entropy[index] = stats.entropy[: len(index)]
-        self.world.sum_(log_probs, entropy)
+        self.world.all_reduce(log_probs, entropy)
         return log_probs, entropy
 
     def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:

@@ -91,10 +91,10 @@ def test_lessons_leave_out_the_excluded():
 def test_lessons_work_when_asked_or_easy_and_else_guess():
     config = TestbedConfig(
         max_steps=6,
-        asked_share=0.5,
+        asked_fraction=0.5,
         easy_steps=2,
-        easy_worked_share=0.75,
-        hard_worked_share=0.125,
+        easy_worked_fraction=0.75,
+        hard_worked_fraction=0.125,
     )
     worked, lessons = Counter(), Counter()
     for prompt, completion in make_lessons(config, 6000, seed=0):

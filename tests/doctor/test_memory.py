@@ -20,7 +20,7 @@ from prefix_rft.data_types import TrainBatch
 from prefix_rft.doctor import shapes as shapes_module
 from prefix_rft.doctor.architectures import SIZES
 from prefix_rft.doctor.memory import (
-    UNCOUNTED_SHARE,
+    UNCOUNTED_FRACTION,
     MemoryTerm,
     kv_cache_tokens,
     memory_terms,
@@ -208,7 +208,7 @@ def test_the_plan_of_a_sharded_update_is_what_a_real_one_holds(
     place = Place(device=CPU, device_bytes=GIB)
     terms = memory_terms(config, shapes_of(config, place), place)
     planned = peak_bytes(terms, "update") + peak_bytes(terms, "host")
-    assert 1 - UNCOUNTED_SHARE < planned / measured.peak < 1.1
+    assert 1 - UNCOUNTED_FRACTION < planned / measured.peak < 1.1
 
 
 @pytest.mark.parametrize("path", SIZES)

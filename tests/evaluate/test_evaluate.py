@@ -45,4 +45,4 @@ def test_figures_of_an_evaluation() -> None:
     assert results["greedy"] == results["avg@4"] == results["pass@4"] == 0.75
     assert results["statuses"] == {"correct": 12, "wrong": 4}
     assert 0 < results["response_length_mean"] <= 12
-    assert 0 <= results["truncated_share"] <= 1
+    assert 0 <= results["truncated_frac"] <= 1

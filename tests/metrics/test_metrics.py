@@ -146,12 +146,12 @@ def test_wandb_is_asked_for_by_name_and_a_resumed_run_keeps_its_id(tmp_path, mon
 
 METRICS = {
     "reward/mean": 0.5,
-    "reward/ordinary_mean": 0.45,
+    "reward/on_policy_mean": 0.45,
     "reward/hybrid_mean": 0.875,
     "prefix/low": 0.4,
     "prefix/high": 0.95,
-    "policy/kept_share": 0.2,
-    "rollout/left_out_share": 0.25,
+    "policy/kept_frac": 0.2,
+    "rollout/left_out_frac": 0.25,
     "policy/continuation_entropy_mean": math.nan,
     "time/step_s": 12.0,
     "time/generate_s": 8.25,

@@ -107,7 +107,7 @@ def read_page(run_dir: Path) -> Page:
 
 def test_a_whole_run_has_results_curves_rollouts_and_configuration(tmp_path):
     config = Config(name="mine", trainer=TrainerConfig(num_steps=40))
-    metrics = {"reward/ordinary_mean": 0.01, "reward/hybrid_mean": 0.02, "time/generate_s": 0.1}
+    metrics = {"reward/on_policy_mean": 0.01, "reward/hybrid_mean": 0.02, "time/generate_s": 0.1}
     make_run(tmp_path, num_steps=40, **metrics, **{"prefix/low": 0.01, "prefix/high": 0.02})
     save_config(config, tmp_path / "config.toml")
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))

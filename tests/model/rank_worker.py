@@ -15,18 +15,18 @@ import torch
 
 from prefix_rft.config import load_config
 from prefix_rft.data_types import Group
-from prefix_rft.metrics.step_metrics import Ledger
+from prefix_rft.metrics.step_metrics import StepMetrics
 from prefix_rft.model.distributed import World, full_tensor
 from prefix_rft.model.loading import resolve_device
 from prefix_rft.train.interrupt import Interrupt
 from prefix_rft.train.run import Setup
 
 
-def given(groups: list[Group]) -> Callable[[Ledger, Interrupt], list[Group]]:
+def given(groups: list[Group]) -> Callable[[StepMetrics, Interrupt], list[Group]]:
     """In place of `Trainer.rollouts`: these, generated in no time."""
 
-    def rollouts(ledger: Ledger, interrupt: Interrupt) -> list[Group]:
-        with ledger.phase("generate"):
+    def rollouts(step_metrics: StepMetrics, interrupt: Interrupt) -> list[Group]:
+        with step_metrics.phase("generate"):
             return groups
 
     return rollouts
@@ -45,7 +45,7 @@ def step(config_file: str, groups_file: str, out: str) -> None:
         metrics, sample = trainer.train_step(Interrupt(world))
         named = dict(setup.policy.model.named_parameters())
         weights = {name: full_tensor(weight.detach()) for name, weight in named.items()}
-        assert len({repr(each) for each in world.gather(sample)}) == 1
+        assert len({repr(each) for each in world.all_gather_object(sample)}) == 1
         if world.is_main:
             torch.save({"weights": weights, "metrics": metrics}, out)
 

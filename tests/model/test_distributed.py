@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import Config, save_config
 from prefix_rft.config.sections import ShardingConfig
-from prefix_rft.metrics.step_metrics import Ledger
+from prefix_rft.metrics.step_metrics import StepMetrics
 from prefix_rft.model.distributed import World
 from prefix_rft.train.checkpoint import list_checkpoints
 from prefix_rft.train.interrupt import Interrupt
@@ -83,7 +83,7 @@ def test_one_step_equals_that_of_one_process(
     alone = World()
     with Setup(replace(config, sharding=ShardingConfig()), config.model.path, alone) as setup:
         trainer = setup.trainer()
-        groups = trainer.rollouts(Ledger(), Interrupt(alone))
+        groups = trainer.rollouts(StepMetrics(), Interrupt(alone))
         trainer.rollouts = given(groups)
         metrics, _ = trainer.train_step(Interrupt(alone))
     before = AutoModelForCausalLM.from_pretrained(config.model.path).state_dict()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from prefix_rft.checks import ConfigError
 from prefix_rft.config.sections import ModelConfig, ShardingConfig
-from prefix_rft.metrics.step_metrics import Ledger
+from prefix_rft.metrics.step_metrics import StepMetrics
 from prefix_rft.model import lora
 from prefix_rft.model.distributed import World
 from prefix_rft.model.loading import export, host_config, load_model, resolve_weight_dtypes
@@ -209,7 +209,7 @@ def test_one_step_of_two_ranks_equals_that_of_one_process(tmp_path) -> None:
     alone = World()
     with Setup(replace(config, sharding=ShardingConfig()), config.model.path, alone) as setup:
         trainer = setup.trainer()
-        groups = trainer.rollouts(Ledger(), Interrupt(alone))
+        groups = trainer.rollouts(StepMetrics(), Interrupt(alone))
         trainer.rollouts = given(groups)
         before = {n: w.clone() for n, w in setup.policy.model.named_parameters()}
         trainer.train_step(Interrupt(alone))

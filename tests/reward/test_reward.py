@@ -71,12 +71,12 @@ def dying_worker(tmp_path, monkeypatch):
     monkeypatch.setattr(grader_module, "_worker_file", worker)
 
 
-@pytest.mark.parametrize(("max_error_share", "stops"), [(0.49, True), (0.5, False)])
-def test_too_many_grader_errors_stop_the_run(dying_worker, max_error_share, stops):
+@pytest.mark.parametrize(("max_error_fraction", "stops"), [(0.49, True), (0.5, False)])
+def test_too_many_grader_errors_stop_the_run(dying_worker, max_error_fraction, stops):
     texts = [r"\boxed{x}", r"\boxed{y}", r"\boxed{1}", "nothing"]
-    with Rewarder(RewardConfig(max_error_share=max_error_share), "boxed") as rewarder:
+    with Rewarder(RewardConfig(max_error_fraction=max_error_fraction), "boxed") as rewarder:
         if stops:
-            message = r"failed on 2 of 4 responses.*max_error_share = 0\.49.*'x' against '1'"
+            message = r"failed on 2 of 4 responses.*max_error_fraction = 0\.49.*'x' against '1'"
             with pytest.raises(RewardError, match=message):
                 rewarder.score(texts, [make_problem("1")] * 4)
         else:

@@ -58,7 +58,7 @@ def learning_run(folder: Path, base_dir: Path, *, engine: str, **vllm: object) -
 
 def check_learnt(found: dict) -> None:
     """What the worker found of a `learning_run`."""
-    rewards = [record["reward/ordinary_mean"] for record in found["records"]]
+    rewards = [record["reward/on_policy_mean"] for record in found["records"]]
     assert len(rewards) == 8
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.5
     assert found["summary"]["trained"]["greedy"] > found["summary"]["base"]["greedy"]

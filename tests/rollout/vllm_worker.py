@@ -182,7 +182,7 @@ def interrupt(vllm: VLLMEngine, requests: list[RolloutRequest]) -> None:
 def ranks(found: dict) -> None:
     """Every rank: a sharded model, pushed; requests that differ from rank to rank."""
     with World(ShardingConfig(), CPU) as world:
-        world.from_main(forget_killed_runs)
+        world.broadcast(forget_killed_runs)
         whole = make_model(tied=True)
         policy = Policy(make_model(tied=True), temperature=0.7, vocab_size=VOCAB)
         policy.shard(world.mesh, cpu_offload=False)
@@ -195,8 +195,8 @@ def ranks(found: dict) -> None:
         gap = log_prob_gap(plain, requests, completions)
         idle = generate(vllm, requests[: world.rank], temperature=0.7, seed=world.rank)
         kept = [c.token_ids for c in idle] == [c.token_ids for c in completions[: world.rank]]
-        found["gap"], found["kept"] = zip(*world.gather((gap, kept)), strict=True)
-        found["num"] = world.gather(len(completions))
+        found["gap"], found["kept"] = zip(*world.all_gather_object((gap, kept)), strict=True)
+        found["num"] = world.all_gather_object(len(completions))
         vllm.close()
 
 

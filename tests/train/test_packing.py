@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefix_rft.data_types import Rollout, TrainRow
-from prefix_rft.train.packing import filler, pack, plan_micro_batches, take_rows, token_index
+from prefix_rft.train.packing import dummy_batch, pack, plan_micro_batches, take_rows, token_index
 
 
 def make_row(prompt, response, prefix_length, advantage=1.0, prefix_advantage=2.0) -> TrainRow:
@@ -92,5 +92,5 @@ def test_ranks_of_a_round_carry_like_loads(lengths) -> None:
 
 def test_a_filler_adds_nothing() -> None:
     batch = pack_cpu([make_row(range(n), range(4), 1) for n in (4, 1, 2)])
-    filled = filler(batch)
+    filled = dummy_batch(batch)
     assert filled.lengths == (4,) and not filled.response_mask.any()

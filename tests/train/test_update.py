@@ -9,7 +9,7 @@ import torch
 
 from prefix_rft.config import Config
 from prefix_rft.config.sections import OptimizerConfig
-from prefix_rft.metrics.step_metrics import Ledger
+from prefix_rft.metrics.step_metrics import StepMetrics
 from prefix_rft.train import trainer as trainer_module
 from prefix_rft.train.interrupt import Interrupt
 from prefix_rft.train.optimizer import learning_rate
@@ -95,7 +95,7 @@ def largest_difference(model, other) -> float:
 def test_update_equals_the_straight_line_script() -> None:
     trainer = make_trainer(CONFIG)
     model = copy.deepcopy(trainer.policy.model)
-    groups = trainer.rollouts(Ledger(), Interrupt())
+    groups = trainer.rollouts(StepMetrics(), Interrupt())
     assert any(len({r.reward for r in group.rollouts}) == 1 for group in groups)  # one is left out
 
     loss, num_kept, num_prefix = straight_line_update(trainer.config, model, groups)
@@ -104,7 +104,7 @@ def test_update_equals_the_straight_line_script() -> None:
     metrics, _ = trainer.train_step(Interrupt())
 
     assert num_kept > 1
-    assert metrics["policy/kept_share"] == pytest.approx(num_kept / num_prefix)
+    assert metrics["policy/kept_frac"] == pytest.approx(num_kept / num_prefix)
     assert metrics["policy/loss_mean"] == pytest.approx(loss.item(), abs=1e-9)
     assert largest_difference(trainer.policy.model, model) < 1e-6
     moved = largest_difference(model, make_trainer(CONFIG).policy.model)
@@ -114,7 +114,7 @@ def test_update_equals_the_straight_line_script() -> None:
 def test_several_updates_keep_the_ratio_to_the_policy_that_generated() -> None:
     trainer = make_trainer(CONFIG | {"trainer": CONFIG["trainer"] | {"prompts_per_update": 2}})
     config, model = trainer.config, copy.deepcopy(trainer.policy.model)
-    groups = trainer.rollouts(Ledger(), Interrupt())
+    groups = trainer.rollouts(StepMetrics(), Interrupt())
 
     def response_log_probs(rollout):
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
@@ -171,7 +171,7 @@ def test_groups_without_advantage_change_nothing(reward: float) -> None:
     before = copy.deepcopy(trainer.policy.model)
     metrics, sample = trainer.train_step(Interrupt())
     assert largest_difference(trainer.policy.model, before) == 0
-    assert metrics["rollout/left_out_share"] == 1
+    assert metrics["rollout/left_out_frac"] == 1
     assert len(sample["rollouts"]) == 4
     assert trainer.step_index == 1
 
@@ -200,7 +200,7 @@ def test_a_skipped_push_of_weights_is_caught(monkeypatch) -> None:
 
 def test_hybrid_rollouts_replace_ordinary_ones() -> None:
     trainer = make_trainer(CONFIG)
-    for group in trainer.rollouts(Ledger(), Interrupt()):
+    for group in trainer.rollouts(StepMetrics(), Interrupt()):
         assert [rollout.is_hybrid for rollout in group.rollouts] == [False, False, False, True]
         hybrid = group.rollouts[-1]
         demonstration = group.problem.demonstration_ids
@@ -217,7 +217,7 @@ def test_problems_without_a_demonstration_get_ordinary_rollouts() -> None:
     trainer.problems = [replace(problem, demonstration_ids=()) for problem in trainer.problems]
     metrics, _ = trainer.train_step(Interrupt())
     assert "reward/hybrid_mean" not in metrics
-    assert "policy/kept_share" not in metrics
+    assert "policy/kept_frac" not in metrics
 
 
 def test_a_description_for_the_report_marks_prefix_and_selection() -> None:
