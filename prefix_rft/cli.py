@@ -13,14 +13,12 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from prefix_rft.checks import UserError
-from prefix_rft.config import Config, load_config
+from prefix_rft.config import CONFIG_FILE, MODEL_FOLDER, Config, is_run_folder, load_config
 
 Overrides = Annotated[Config, arg(name="")]
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]
 # What a command takes before its options.
 _FIRST = {"train": "config", "eval": "model", "serve": "config", "doctor": "config"}
-MODEL_FOLDER = "model"
-CONFIG_FILE = "config.toml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +64,7 @@ class Eval:
         from prefix_rft.train import evaluate_model
 
         path = self.model
-        if _is_run_folder(path):
+        if is_run_folder(path):
             path = str(Path(path) / MODEL_FOLDER)
             if not Path(path).is_dir():
                 raise UserError(
@@ -171,7 +169,7 @@ def parse(argv: Sequence[str]) -> Command:
     given = _FIRST.get(name)
     if first is not None and given == "config":
         config = load_config(first)
-    elif first is not None and name == "eval" and _is_run_folder(first):
+    elif first is not None and name == "eval" and is_run_folder(first):
         config = load_config(Path(first) / CONFIG_FILE)
     missing = tyro.MISSING_NONPROP
     command = tyro.cli(
@@ -232,10 +230,6 @@ def _print_results(summary: dict) -> None:
 def _is_main_rank() -> bool:
     """Of the processes that torchrun started one speaks for all."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _is_run_folder(path: str) -> bool:
-    return (Path(path) / CONFIG_FILE).is_file()
 
 
 if __name__ == "__main__":

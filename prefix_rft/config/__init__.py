@@ -1,7 +1,14 @@
 """What a run is made of: the sections of a configuration, from a TOML file and back."""
 
 from prefix_rft.config.config import Config, config_from_dict, load_config, save_config
-from prefix_rft.config.packages import require_packages
+from prefix_rft.config.packages import (
+    EXTRAS,
+    install_hint,
+    is_installed,
+    require_package,
+    require_packages,
+)
+from prefix_rft.config.run_folder import CONFIG_FILE, MODEL_FOLDER, SUMMARY_FILE, is_run_folder
 from prefix_rft.config.sections import (
     BaseConfig,
     DataConfig,
@@ -21,7 +28,10 @@ from prefix_rft.config.sections import (
 )
 
 __all__ = [
-    "config_from_dict",
+    "CONFIG_FILE",
+    "EXTRAS",
+    "MODEL_FOLDER",
+    "SUMMARY_FILE",
     "BaseConfig",
     "Config",
     "DataConfig",
@@ -38,7 +48,12 @@ __all__ = [
     "TestbedConfig",
     "TrainerConfig",
     "VLLMConfig",
+    "config_from_dict",
+    "install_hint",
+    "is_installed",
+    "is_run_folder",
     "load_config",
+    "require_package",
     "require_packages",
     "save_config",
 ]

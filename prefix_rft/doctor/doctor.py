@@ -3,7 +3,6 @@
 import os
 import platform
 from importlib.metadata import packages_distributions, version
-from importlib.util import find_spec
 
 import torch
 from rich.console import Console
@@ -11,20 +10,20 @@ from rich.table import Table
 from rich.text import Text
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import Config
+from prefix_rft.config import EXTRAS, Config, install_hint, is_installed
 from prefix_rft.doctor.memory import UNCOUNTED_FRACTION, memory_terms, peak_bytes, shortfalls
 from prefix_rft.doctor.shapes import Place, shapes_of
 from prefix_rft.model import resolve_autocast_dtype, resolve_device, resolve_weight_dtypes
 
 MODULES = ("torch", "triton", "transformers", "datasets", "math_verify")
-# module -> (extra, what a run does with it)
-EXTRAS = {
-    "vllm": ("vllm", "serves rollout.engine vllm and vllm_server"),
-    "flash_attn": ("flash-attn", "attention of packed rows on CUDA, without padding"),
-    "liger_kernel": ("liger", "serves model.liger"),
-    "peft": ("lora", "serves model.lora_rank"),
-    "torchao": ("low-memory", 'serves optimizer.name = "adamw_8bit"'),
-    "wandb": ("wandb", "serves log.wandb_project"),
+# What a run does with each optional module.
+USES = {
+    "vllm": "needed by rollout.engine vllm and vllm_server",
+    "flash_attn": "attention of packed rows on CUDA, without padding",
+    "liger_kernel": "needed by model.liger",
+    "peft": "needed by model.lora_rank",
+    "torchao": 'needed by optimizer.name = "adamw_8bit"',
+    "wandb": "needed by log.wandb_project",
 }
 
 
@@ -90,14 +89,14 @@ def version_rows() -> list[tuple[str, str, str]]:
     distributions = packages_distributions()
 
     def installed(module: str) -> str | None:
-        names = distributions.get(module) if find_spec(module) else None
+        names = distributions.get(module) if is_installed(module) else None
         return ", ".join(sorted({version(name) for name in names})) if names else None
 
     rows = [("python", platform.python_version(), platform.platform())]
     rows += [(module, installed(module) or "not installed", "") for module in MODULES]
-    for module, (extra, use) in EXTRAS.items():
+    for module, use in USES.items():
         found = installed(module)
-        note = use if found else f"{use}; pip install 'prefix-rft[{extra}]'"
+        note = use if found else f"{use}; {install_hint(EXTRAS[module])}"
         rows.append((module, found or "not installed", note))
     return rows
 
@@ -151,15 +150,15 @@ def _compute_dtype(config: Config, device: torch.device) -> str:
 
 def _why_needed(key: str, module: str) -> str:
     """The key that asks for `module`, and how to install it where it is missing."""
-    if find_spec(module) is not None:
+    if is_installed(module):
         return key
-    return f"{key}; but {module} is not installed: pip install 'prefix-rft[{EXTRAS[module][0]}]'"
+    return f"{key}; but {module} is not installed: {install_hint(EXTRAS[module])}"
 
 
 def _kernel_choice(device: torch.device) -> tuple[str, str]:
     if device.type != "cuda":
         return "torch", "chunked torch; Triton kernels need CUDA"
-    if find_spec("triton") is None:
+    if not is_installed("triton"):
         return "torch", "triton is not installed"
     return "triton", "a CUDA device"
 
@@ -169,7 +168,7 @@ def _attention_choice(config: Config, device: torch.device) -> tuple[str, str]:
         return config.model.attention, "model.attention"
     if device.type != "cuda":
         return "sdpa", "flash-attn needs CUDA"
-    if find_spec("flash_attn") is None:
+    if not is_installed("flash_attn"):
         return "sdpa", "flash-attn is not installed"
     return "flash_attention_2", "flash-attn is installed"
 

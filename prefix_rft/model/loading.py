@@ -3,7 +3,6 @@
 import os
 import shutil
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import Config, ModelConfig
+from prefix_rft.config import Config, ModelConfig, is_installed, require_package
 from prefix_rft.model.distributed import World
 from prefix_rft.model.lora import add_adapters
 from prefix_rft.model.policy import Policy
@@ -222,7 +221,7 @@ def _prepare(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> PreTr
 def _attention(config: ModelConfig) -> str | None:
     """A name for transformers; None: its own choice, `sdpa` where the model has it."""
     can_flash = (
-        find_spec("flash_attn") is not None
+        is_installed("flash_attn")
         and resolve_device(config).type == "cuda"
         and resolve_autocast_dtype(config) is not None
     )
@@ -239,10 +238,7 @@ def _attention(config: ModelConfig) -> str | None:
 def _require_liger(device: torch.device) -> None:
     if device.type != "cuda":
         raise ConfigError(f"model.liger: expected a CUDA device, got {device}")
-    if find_spec("liger_kernel") is None:
-        raise ConfigError(
-            "model.liger: liger-kernel is not installed; pip install 'prefix-rft[liger]'"
-        )
+    require_package("liger_kernel", "model.liger")
 
 
 def _apply_liger(model: PreTrainedModel) -> None:

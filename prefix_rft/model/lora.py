@@ -1,13 +1,12 @@
 """Low-rank adapters of the linear layers of a model's body: y = W x + scale * B (A x), W frozen."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
 from prefix_rft.checks import ConfigError
+from prefix_rft.config import require_package
 
 _ADAPTER = "default"  # the name by which peft knows the only one there is
 
@@ -25,8 +24,7 @@ def add_adapters(
     Raises:
         ConfigError: peft is not installed, or the model has no such layer.
     """
-    if find_spec("peft") is None:
-        raise ConfigError("model.lora_rank: peft is not installed; pip install 'prefix-rft[lora]'")
+    require_package("peft", "model.lora_rank")
     from peft import LoraConfig, inject_adapter_in_model
 
     body = set(model.get_decoder().layers.modules())

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import VLLMConfig
+from prefix_rft.config import VLLMConfig, require_package
 from prefix_rft.data_types import RolloutRequest
 
 _MIB = 2**20
@@ -26,11 +25,7 @@ def import_vllm() -> ModuleType:
     Raises:
         ConfigError: it is not installed.
     """
-    if find_spec("vllm") is None:
-        raise ConfigError(
-            "vllm is not installed, which serve and two of rollout.engine need; "
-            "pip install 'prefix-rft[vllm]'"
-        )
+    require_package("vllm", "rollout.engine")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return import_module("vllm")

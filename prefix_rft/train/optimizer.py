@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Iterable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
-from prefix_rft.checks import ConfigError
-from prefix_rft.config import OptimizerConfig
+from prefix_rft.config import OptimizerConfig, require_package
 
 
 def make_optimizer(
@@ -58,10 +56,7 @@ def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
 
 
 def _adamw_8bit() -> type[torch.optim.Optimizer]:
-    if find_spec("torchao") is None:
-        raise ConfigError(
-            "optimizer.name: adamw_8bit needs torchao; pip install 'prefix-rft[low-memory]'"
-        )
+    require_package("torchao", "optimizer.name")
     from torchao.optim import AdamW8bit
     from torchao.optim.subclass_8bit import OptimState8bit
 

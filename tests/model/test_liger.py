@@ -11,6 +11,7 @@ import torch
 from transformers.models.qwen2 import modeling_qwen2
 
 from prefix_rft.checks import ConfigError
+from prefix_rft.config import packages
 from prefix_rft.config.sections import ModelConfig
 from prefix_rft.model import loading
 from prefix_rft.model.loading import host_config, load_model
@@ -50,8 +51,8 @@ def test_liger_needs_cuda_and_its_package(tiny_model, tmp_path, monkeypatch) -> 
     with pytest.raises(ConfigError, match="model.liger: expected a CUDA device, got cpu"):
         load_model(config, tmp_path)
     load_model(host_config(replace(config, attention="flash_attention_2")), tmp_path)
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"model.liger: .* pip install 'prefix-rft\[liger\]'"):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"model.liger: .* pip install '\.\[liger\]'"):
         loading._require_liger(CUDA)
 
 

@@ -9,9 +9,9 @@ from rft_kernels import LMHead, PolicyConfig
 from transformers import AutoModelForCausalLM
 
 from prefix_rft.checks import ConfigError
+from prefix_rft.config import packages
 from prefix_rft.config.sections import ModelConfig, ShardingConfig
 from prefix_rft.metrics.step_metrics import StepMetrics
-from prefix_rft.model import lora
 from prefix_rft.model.distributed import World
 from prefix_rft.model.loading import export, host_config, load_model, resolve_weight_dtypes
 from prefix_rft.model.lora import is_adapter
@@ -172,8 +172,8 @@ def test_frozen_weights_wait_in_host_memory_as_their_device_will_want_them() -> 
 
 
 def test_peft_that_is_not_there_is_one_clear_error(saved, monkeypatch) -> None:
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"model.lora_rank: .* pip install 'prefix-rft\[lora\]'"):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"model.lora_rank: .* pip install '\.\[lora\]'"):
         adapted(saved)
 
 

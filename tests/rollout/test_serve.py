@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import config_from_dict
-from prefix_rft.rollout import serve, vllm_options
+from prefix_rft.config import config_from_dict, packages
+from prefix_rft.rollout import serve
 from tests.tiny import make_run
 
 
@@ -56,6 +56,6 @@ def test_a_taken_port_is_one_clear_error(tmp_path, command):
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(vllm_options, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'prefix-rft\[vllm\]'"):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install '\.\[vllm\]'"):
         serve.serve(config_from_dict({}), host="127.0.0.1", port=free_port())

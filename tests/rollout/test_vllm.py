@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import save_config
+from prefix_rft.config import packages, save_config
 from prefix_rft.config.sections import VLLMConfig
 from prefix_rft.model import weights
-from prefix_rft.rollout import vllm_engine, vllm_options
+from prefix_rft.rollout import vllm_engine
 from prefix_rft.rollout.vllm_engine import VLLMEngine
 from prefix_rft.rollout.vllm_options import request_seed
 from tests.rollout.rollout_cases import VOCAB, make_requests
@@ -121,8 +121,8 @@ def test_a_run_learns_with_either_engine(measure, base_dir, tmp_path, engine, nu
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(vllm_options, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'prefix-rft\[vllm\]'"):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install '\.\[vllm\]'"):
         make_engine(make_model(20))
 
 

@@ -6,9 +6,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from prefix_rft.checks import ConfigError
+from prefix_rft.config import packages
 from prefix_rft.config.sections import OptimizerConfig, ShardingConfig
-from prefix_rft.model.distributed import World, full_tensor, shard
-from prefix_rft.train import optimizer as optimizers
+from prefix_rft.model.distributed import World, full_tensor, shard_module
 from prefix_rft.train.checkpoint import (
     CheckpointWriter,
     TrainerState,
@@ -64,7 +64,7 @@ def test_the_8_bit_state_takes_two_bytes_a_weight_and_survives_a_checkpoint(
         def make() -> tuple[nn.Linear, torch.optim.Optimizer]:
             model = make_model()
             if is_sharded:
-                shard(model, [], world.mesh, param_dtype=None, cpu_offload=True)
+                shard_module(model, [], world.mesh, param_dtype=None, cpu_offload=True)
             return model, make_optimizer(model.parameters(), config, CPU)
 
         model, optimizer = make()
@@ -89,6 +89,6 @@ def test_the_8_bit_state_takes_two_bytes_a_weight_and_survives_a_checkpoint(
 
 
 def test_torchao_that_is_not_there_is_one_clear_error(monkeypatch) -> None:
-    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"optimizer.name: .* 'prefix-rft\[low-memory\]'"):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"optimizer.name: .* pip install '\.\[low-memory\]'"):
         make_optimizer(make_model().parameters(), OptimizerConfig(name="adamw_8bit"), CPU)
