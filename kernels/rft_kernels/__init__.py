@@ -1,6 +1,7 @@
 """Statistics, selection, loss and gradient for reinforcement fine-tuning of language models."""
 
-from .linear import linear_prefix_rft_loss, linear_token_stats
+from .function_loss import token_loss
+from .linear import linear_prefix_rft_loss, linear_token_loss, linear_token_stats
 from .lm_head import LMHead, patch_lm_head
 from .objective import PolicyConfig, policy_objective
 from .policy_loss import prefix_rft_loss
@@ -14,10 +15,12 @@ __all__ = [
     "PolicyLoss",
     "TokenStats",
     "linear_prefix_rft_loss",
+    "linear_token_loss",
     "linear_token_stats",
     "patch_lm_head",
     "policy_objective",
     "prefix_rft_loss",
     "select_top_entropy",
+    "token_loss",
     "token_stats",
 ]

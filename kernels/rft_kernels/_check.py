@@ -19,12 +19,15 @@ def tensor(
     shape: Sequence[int] | None = None,
     like: Tensor | None = None,
 ) -> None:
-    """Refuses all but a tensor of one of `dtypes` (None: any float), of `shape`, beside `like`."""
+    """Refuses all but a tensor of one of `dtypes`, of `shape`, on the device of `like`.
+
+    `dtypes` None: any float; (): any.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if dtypes is None and not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
-    if dtypes is not None and value.dtype not in dtypes:
+    if dtypes and value.dtype not in dtypes:
         wanted = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} must be {wanted}, got {value.dtype}")
     if shape is not None and value.shape != torch.Size(shape):
@@ -65,6 +68,13 @@ def one_of(name: str, value: Any, options: tuple[str, ...]) -> None:
 def readable(value: Tensor) -> bool:
     """Whether values may be looked at: on the host, and not while a graph is traced."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def rows(name: str, value: Any, like: Tensor) -> None:
+    """Indices [N]."""
+    tensor(name, value, dtypes=(torch.int64,), like=like)
+    if value.dim() != 1:
+        raise ValueError(f"{name} must have shape [N], got {list(value.shape)}")
 
 
 def targets(value: Tensor, valid: Tensor, vocab_size: int) -> None:

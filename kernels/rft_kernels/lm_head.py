@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _check, _dispatch
-from .linear import linear_prefix_rft_loss, linear_token_stats
+from .linear import linear_prefix_rft_loss, linear_token_loss, linear_token_stats
 from .results import PolicyLoss, TokenStats
 
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # of the logits, in configs
@@ -42,11 +42,12 @@ class _LossForward:
             loss_inputs: old_log_probs, advantages, response_mask, prefix_mask, each [...] and 32
                 bits at least (FSDP2: `MixedPrecisionPolicy(cast_forward_inputs=False)`).
             temperature: of the model's logits, as those of `token_stats`.
-            options: the further ones of `linear_token_stats`, or of `linear_prefix_rft_loss`.
+            options: the further ones of `linear_token_stats`, of `linear_prefix_rft_loss`, or, if
+                there is a `loss_fn` among them, of `linear_token_loss`.
         Raises:
-            TypeError, ValueError: as those two; an input of the loss was rounded to 16 bits.
+            TypeError, ValueError: as those; an input of the loss was rounded to 16 bits.
         Under autocast in its dtype, statistics and sums in float32 nevertheless. Memory,
-        differentiability and determinism are those of the two ops.
+        differentiability and determinism are those of the ops.
         """
         if targets is None:
             return super().forward(hidden)
@@ -61,8 +62,13 @@ class _LossForward:
             "backend": self.backend,
         } | options
         arguments = (hidden.to(dtype), weight.to(dtype), targets, *loss_inputs)
+        if "loss_fn" in options:
+            _refuse_rounded({f"tokens[{i}]": x for i, x in enumerate(options.get("tokens", ()))})
+            return linear_token_loss(*arguments, **options)
         if loss_inputs or "normalizer" in options:
-            _refuse_rounded(dict(zip(_EXACT, loss_inputs, strict=False)) | options)
+            given = dict(zip(_EXACT, loss_inputs, strict=False)) | options
+            exact = ("log_probs", "advantages")
+            _refuse_rounded({name: x for name, x in given.items() if name.endswith(exact)})
             return linear_prefix_rft_loss(*arguments, **options)
         # FSDP2 hangs its backward on outputs, which therefore may not be views.
         return TokenStats(*(x.clone() for x in linear_token_stats(*arguments, **options)))
@@ -77,6 +83,8 @@ class LMHead(_LossForward, nn.Linear):
         head(hidden)                                              logits
         head(hidden, targets, row_mask=...)                       TokenStats
         head(hidden, targets, old_log_probs, advantages, response_mask, prefix_mask,
+             normalizer=..., ...)                                 PolicyLoss
+        head(hidden, targets, loss_fn=..., tokens=(...), mask=...,
              normalizer=..., ...)                                 PolicyLoss
 
     Attributes: softcap, logits_divisor, vocab_size, backend.
@@ -171,7 +179,5 @@ def _forward_dtype(weight: Tensor) -> torch.dtype:
 def _refuse_rounded(inputs: dict[str, Any]) -> None:
     """Log-probs of 16 bits are off by more than a clip range can bear."""
     for name, value in inputs.items():
-        half = (torch.float16, torch.bfloat16)
-        if name.endswith(("log_probs", "advantages")) and isinstance(value, Tensor):
-            if value.dtype in half:
-                raise TypeError(f"{name} must be torch.float32 or torch.float64, got {value.dtype}")
+        if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(f"{name} must be torch.float32 or torch.float64, got {value.dtype}")

@@ -78,9 +78,7 @@ def plan_loss(
     if config.vanishes_without_advantage:
         active = active & (tokens.advantages != 0)
     if active_rows is not None:
-        _check.tensor("active_rows", active_rows, dtypes=(torch.int64,), like=like)
-        if active_rows.dim() != 1:
-            raise ValueError(f"active_rows must have shape [N], got {list(active_rows.shape)}")
+        _check.rows("active_rows", active_rows, like)
         listed = torch.zeros_like(active).index_fill(0, active_rows, True)
         active = active & listed
     needed = has_target.reshape(-1)

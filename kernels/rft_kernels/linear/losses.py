@@ -14,22 +14,31 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rft_kernels.objective import DEFAULT_CONFIG, PolicyConfig
+from rft_kernels import _check
+from rft_kernels.objective import (
+    DEFAULT_CONFIG,
+    FunctionLoss,
+    LossFn,
+    PolicyConfig,
+    attach_gradient,
+    check_function,
+)
 from rft_kernels.policy_loss import finish_loss, plan_loss
 from rft_kernels.results import PolicyLoss, TokenStats
 from rft_kernels.selection import FIFTH
 
 from . import ops
 from .inputs import check_dweight, check_inputs
+from .tiles import counts_rows
 
 
-def _ops(shard: Any) -> tuple[Callable, Callable]:
-    """Statistics, and loss with gradients: on one rank, or over those that share the classes."""
+def _ops(shard: Any) -> tuple[Callable, Callable, Callable]:
+    """Statistics, a policy's loss and a function's: on one rank, or over those of the classes."""
     if shard is None:
-        return ops.token_stats_fwd, ops.policy_of
-    from . import vocab_parallel
+        return ops.token_stats_fwd, ops.policy_of, ops.function
+    from . import vocab_parallel as over
 
-    return partial(vocab_parallel.token_stats, shard), partial(vocab_parallel.policy, shard)
+    return tuple(partial(op, shard) for op in (over.token_stats, over.policy, over.function))
 
 
 def linear_token_stats(
@@ -80,7 +89,7 @@ def linear_token_stats(
         hidden, lm_head_weight, low_rank, bias, targets, temperature, softcap, vocab_size,
         workspace_bytes, backend, row_mask, process_group,
     )  # fmt: skip
-    op, _ = _ops(shard)
+    op, *_ = _ops(shard)
     log_probs, entropy, _ = op(*arguments, valid, None, False, None)
     return TokenStats(log_probs.view(targets.shape), entropy.view(targets.shape))
 
@@ -138,7 +147,7 @@ def linear_prefix_rft_loss(
         hidden, lm_head_weight, low_rank, bias, targets, temperature, softcap, vocab_size,
         workspace_bytes, backend, process_group=process_group,
     )  # fmt: skip
-    stats_op, policy_op = _ops(shard)
+    stats_op, policy_op, _ = _ops(shard)
     check_dweight(accumulate_dweight, arguments[1])
     shape = hidden.shape[:-1]
     plan = plan_loss(
@@ -167,3 +176,83 @@ def linear_prefix_rft_loss(
         plan, TokenStats(log_probs, entropy), shape, normalizer=normalizer, fraction=fraction,
         cu_seqlens=cu_seqlens, backend=backend, gradient=gradient,
     )  # fmt: skip
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    loss_fn: LossFn,
+    *,
+    tokens: tuple[Tensor, ...] = (),
+    mask: Tensor | None = None,
+    normalizer: float | Tensor,
+    bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    workspace_bytes: int = 2**30,
+    accumulate_dweight: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    backend: str = "auto",
+    stats: str = "all",
+    active_rows: Tensor | None = None,
+    check: bool = False,
+) -> PolicyLoss:
+    """`token_loss` of hidden @ lm_head_weight.T, which never exists whole.
+
+    Args:
+        hidden, lm_head_weight, targets, bias, low_rank, softcap, temperature, vocab_size,
+            workspace_bytes, process_group, backend: see `linear_token_stats`.
+        loss_fn, tokens, mask, normalizer, check: see `token_loss`; the function is called with a
+            tile of rows at a time, and on a CPU with rows of `mask` alone.
+        accumulate_dweight: see `linear_prefix_rft_loss`.
+        stats: "all": statistics of every row with a target. "active": rows outside `mask` or
+            `active_rows` report 0 and are left out of loss and metrics.
+        active_rows: [N] int64, rows of the flattened tokens outside which the caller knows that
+            there is no gradient, each once.
+    Returns:
+        PolicyLoss, as `token_loss`.
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range, or missing;
+            `loss_fn` gives something else than [n], or with `check` looks across rows.
+    The loss is differentiable once in `hidden`, `lm_head_weight`, `bias` and `low_rank`: from one
+    projection, in the forward, which the backward scales. On a CPU rows whose two derivatives are
+    0 have no part in the products of the gradients. Deterministic if `loss_fn` is. Not under
+    torch.compile(fullgraph=True).
+    """
+    arguments, valid, shard = check_inputs(
+        hidden, lm_head_weight, low_rank, bias, targets, temperature, softcap, vocab_size,
+        workspace_bytes, backend, process_group=process_group,
+    )  # fmt: skip
+    check_dweight(accumulate_dweight, arguments[1])
+    shape = hidden.shape[:-1]
+    like = hidden.new_empty(()).expand(shape)
+    tokens, in_loss = check_function(loss_fn, tokens, mask, normalizer, like)
+    _check.one_of("stats", stats, ("all", "active"))
+    in_loss = valid if in_loss is None else in_loss & valid
+    active = in_loss
+    if active_rows is not None:
+        _check.rows("active_rows", active_rows, like)
+        active = active & torch.zeros_like(active).index_fill(0, active_rows, True)
+    only_active = stats == "active"
+    if only_active:
+        valid = in_loss = active
+    inputs = arguments[: ops.NUM_TENSORS]
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    loss = FunctionLoss(loss_fn, tokens, check=check)
+    *_, function_op = _ops(shard)
+    log_probs, entropy, *dinputs = function_op(
+        *arguments, valid, active, active_rows, only_active, loss, needs
+    )
+    if active_rows is not None and not only_active:
+        rest = in_loss & ~active
+        rows = rest.nonzero().squeeze(-1) if counts_rows(rest.device) else slice(None)
+        loss.take(rows, rest[rows], log_probs[rows], entropy[rows])
+    total, metrics = loss.finish(log_probs)
+    sinks = [None, accumulate_dweight, None, None]
+    chosen = [i for i, need in enumerate(needs) if need]
+    gradient = ([part[i] for i in chosen] for part in (inputs, dinputs, sinks))
+    loss = attach_gradient(total, normalizer, *gradient)
+    return PolicyLoss(loss, log_probs.view(shape), entropy.view(shape), None, metrics)

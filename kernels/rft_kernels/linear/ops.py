@@ -10,7 +10,7 @@ from rft_kernels.results import stats_dtype
 from rft_kernels.rows import new_stats
 
 from .grads import wanted_results
-from .passes import grad_pass, policy_pass, stats_pass
+from .passes import function_pass, grad_pass, policy_pass, stats_pass
 from .tiles import make_head
 
 NUM_TENSORS = 4  # that may need a gradient lead every op: hidden, weight, low_rank, bias
@@ -191,3 +191,10 @@ def policy_of(*arguments) -> tuple[Tensor, ...]:
         config.clip_low, config.clip_high, config.dual_clip, list(prefix_clip),
         config.importance_cap, config.entropy_coef, config.kl, config.kl_coef, needs,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def function(*arguments) -> tuple[Tensor, ...]:
+    """As `policy`, of a loss that is a function of the caller's, which no op of torch can carry."""
+    head, rows = split_head(arguments)
+    return function_pass(make_head(*head), len(head[1]), *rows)

@@ -161,6 +161,10 @@ def make_head(
     )
 
 
+def counts_rows(device: torch.device) -> bool:
+    return device.type in _COUNTING_DEVICES
+
+
 def split_rows(
     valid: Tensor, active: Tensor, active_rows: Tensor | None, only_active: bool
 ) -> tuple[Tensor, Tensor]:
@@ -168,7 +172,7 @@ def split_rows(
 
     On a device their number must come from the host: from `active_rows`, or it is all of them.
     """
-    if valid.device.type in _COUNTING_DEVICES:
+    if counts_rows(valid.device):
         return active.nonzero().squeeze(-1), (valid & ~active).nonzero().squeeze(-1)
     if active_rows is None:
         every = torch.arange(len(valid), device=valid.device)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from rft_kernels.rows import at, row_backend
 
 from . import ops
-from .passes import grad_pass, policy_pass, stats_pass
+from .passes import function_pass, grad_pass, policy_pass, stats_pass
 from .tiles import Head, make_head
 
 _LOWEST_SHIFT = -1e4  # e^x is 0 long before, in float64 too, so that 0 * log 0 is 0
@@ -141,6 +141,13 @@ def policy(shard: Shard, *arguments) -> tuple[Tensor, ...]:
     *head_and_rows, tokens, config, needs = arguments
     head, rows = ops.split_head(head_and_rows)
     return policy_pass(_make_head(shard, *head), len(head[1]), *rows, tokens, config, needs)
+
+
+@torch.no_grad()
+def function(shard: Shard, *arguments) -> tuple[Tensor, ...]:
+    """`ops.function` over ranks."""
+    head, rows = ops.split_head(arguments)
+    return function_pass(_make_head(shard, *head), len(head[1]), *rows)
 
 
 def own_shard(

@@ -48,4 +48,5 @@ def attach_gradient(
     the backward adds the gradient to it instead of handing it on.
     """
     sinks = [None] * len(inputs) if sinks is None else sinks
+    normalizer = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
     return _KnownGradient.apply(loss, normalizer, sinks, *inputs, *dinputs)

@@ -94,5 +94,4 @@ def reduce_loss(
     if gradient is None:
         derivatives = [x for x in (result.dlog_probs, result.dentropy) if x is not None]
         gradient = inputs[: len(derivatives)], derivatives
-    normalizer = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
     return attach_gradient(result.loss, normalizer, *gradient), result.metrics

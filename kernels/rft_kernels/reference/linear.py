@@ -11,7 +11,7 @@ from .policy_loss import prefix_rft_loss
 from .token_stats import token_stats
 
 
-def _logits(
+def logits_of(
     hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None, softcap: float | None
 ) -> Tensor:
     logits = torch.nn.functional.linear(hidden, lm_head_weight, bias)
@@ -29,7 +29,7 @@ def linear_token_stats(
     **options: Any,
 ) -> TokenStats:
     """`token_stats` of hidden @ lm_head_weight.T + bias; `options` are those of `token_stats`."""
-    return token_stats(_logits(hidden, lm_head_weight, bias, softcap), targets, **options)
+    return token_stats(logits_of(hidden, lm_head_weight, bias, softcap), targets, **options)
 
 
 def linear_prefix_rft_loss(
@@ -42,5 +42,5 @@ def linear_prefix_rft_loss(
     **options: Any,
 ) -> PolicyLoss:
     """`prefix_rft_loss` of those logits; inputs and `options` are those of `prefix_rft_loss`."""
-    logits = _logits(hidden, lm_head_weight, bias, softcap)
+    logits = logits_of(hidden, lm_head_weight, bias, softcap)
     return prefix_rft_loss(logits, *loss_inputs, **options)
