@@ -27,6 +27,7 @@ setup(
         "datasets>=4",
         "safetensors",
         "math-verify==0.9.0",
+        "pydantic>=2.12",
         "tyro>=1.0",
         "tomli-w",
         "rich",

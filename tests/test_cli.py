@@ -81,8 +81,11 @@ def test_an_unknown_option_names_the_nearest_and_exits_with_2(toml, calls, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trainer.num-steps", "0"], "error: trainer.num_steps: expected at least 1, got 0\n"),
-        (["--optimizer.lr", "nan"], "error: optimizer.lr: expected above 0, got nan\n"),
+        (
+            ["--trainer.num-steps", "0"],
+            "error: trainer.num_steps: expected a whole number above 0, got 0\n",
+        ),
+        (["--optimizer.lr", "nan"], "error: optimizer.lr: expected a number above 0, got nan\n"),
     ],
 )
 def test_a_refused_option_is_one_line(toml, calls, capsys, arguments, message):

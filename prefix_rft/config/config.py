@@ -1,16 +1,18 @@
 """The configuration of a run: its sections together, from a TOML file and back."""
 
 import dataclasses
-import re
+import difflib
 import tomllib
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli_w
+from pydantic import Field
 
-from prefix_rft.checks import ConfigError, require
+from prefix_rft.checks import ConfigError, config_section, require
 from prefix_rft.config.sections import (
     BaseConfig,
     DataConfig,
@@ -28,16 +30,20 @@ from prefix_rft.config.sections import (
     TrainerConfig,
     VLLMConfig,
 )
-from prefix_rft.config.values import dataclass_from_dict
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_section()
 class Config:
     """Everything that decides a run."""
 
-    name: str = "run"
-    output_dir: str | None = None  # None: runs/<name>
-    seed: int = 0
+    # names the run folder
+    name: Annotated[
+        str,
+        Field(pattern=r"^[\w.-]*\w$", description="letters, digits, '_', '-' and '.'"),
+    ] = "run"
+    output_dir: str | None = None  # the run folder; None: runs/<name>
+    # seed of all that is random
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number in [0, 2**32)")] = 0
     data: DataConfig = field(default_factory=DataConfig)
     testbed: TestbedConfig = field(default_factory=TestbedConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -55,13 +61,6 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        require(
-            re.fullmatch(r"[\w.-]*\w", self.name) is not None,
-            "name",
-            "letters, digits, '_', '-' and '.' (it names the run folder)",
-            self.name,
-        )
-        require(0 <= self.seed < 2**32, "seed", "a whole number in [0, 2**32)", self.seed)
         require(
             self.prefix.num_hybrid < self.rollout.group_size,
             "prefix.num_hybrid",
@@ -95,7 +94,16 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         ConfigError: an unknown key (the nearest known one is named), a value of the wrong type, or
             a value that a section refuses.
     """
-    return dataclass_from_dict(Config, values)
+    fields = dataclasses.fields(Config)
+    sections = {field.name: field.type for field in fields if dataclasses.is_dataclass(field.type)}
+    tables = {name: values[name] for name in sections if isinstance(values.get(name), dict)}
+    known = [field.name for field in fields]
+    for name, section in sections.items():
+        known += [f"{name}.{field.name}" for field in dataclasses.fields(section)]
+    for key in (*values, *(f"{name}.{key}" for name, table in tables.items() for key in table)):
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r}; did you mean {_nearest(key, known)!r}?")
+    return Config(**values | {name: sections[name](**table) for name, table in tables.items()})
 
 
 def load_config(name_or_path: str | Path) -> Config:
@@ -127,6 +135,12 @@ def save_config(config: Config, path: str | Path) -> None:
     """Write every field that is not None; `load_config` of the file equals `config`."""
     text = tomli_w.dumps(_without_none(dataclasses.asdict(config)))
     Path(path).write_text(text, encoding="utf-8")
+
+
+def _nearest(unknown: str, known: Iterable[str]) -> str:
+    """The known dotted key most like `unknown`; one with the same last word goes first."""
+    same_word = [key for key in known if key.split(".")[-1] == unknown.split(".")[-1]]
+    return difflib.get_close_matches(unknown, same_word or known, n=1, cutoff=0.0)[0]
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

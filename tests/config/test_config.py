@@ -87,20 +87,20 @@ def test_an_unknown_key_names_the_nearest_known_one(values, unknown, nearest):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"trainer": {"num_steps": "20"}}, "trainer.num_steps: expected a whole number, got '20'"),
-        ({"trainer": {"num_steps": 2.5}}, "trainer.num_steps: expected a whole number, got 2.5"),
-        ({"trainer": {"num_steps": True}}, "trainer.num_steps: expected a whole number, got True"),
-        ({"optimizer": {"lr": False}}, "optimizer.lr: expected a number, got False"),
+        ({"testbed": {"max_value": "20"}}, "testbed.max_value: expected a whole number, got '20'"),
+        ({"testbed": {"max_value": 2.5}}, "testbed.max_value: expected a whole number, got 2.5"),
+        ({"testbed": {"max_value": True}}, "testbed.max_value: expected a whole number, got True"),
+        ({"loss": {"clip_low": False}}, "loss.clip_low: expected a number, got False"),
         ({"data": {"strict": 1}}, "data.strict: expected true or false, got 1"),
         ({"data": {"eval_path": 1}}, "data.eval_path: expected a string or none, got 1"),
         (
             {"data": {"columns": {"prompt": 1}}},
-            "data.columns.prompt: expected a string, got 1",
+            "data.columns: expected a table of strings, got {'prompt': 1}",
         ),
         ({"data": "testbed"}, "data: expected a table, got 'testbed'"),
         (
             {"optimizer": {"betas": [0.9]}},
-            "optimizer.betas: expected [a number, a number], got [0.9]",
+            "optimizer.betas: expected [a number in [0, 1), a number in [0, 1)], got [0.9]",
         ),
         (
             {"loss": {"prefix_clip": "sme"}},
@@ -116,6 +116,27 @@ def test_a_value_of_the_wrong_type_names_key_type_and_value(values, message):
     with pytest.raises(ConfigError) as error:
         config_from_dict(values)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected"),
+    [
+        ("trainer", "num_steps", 0, "a whole number above 0"),
+        ("trainer", "checkpoint_every", -1, "a whole number of at least 0"),
+        ("trainer", "profile_steps", [3, -1], "[a whole number of at least 0, ...]"),
+        ("model", "lora_rank", 0, "a whole number above 0 or none"),
+        ("optimizer", "lr", float("nan"), "a number above 0"),
+        ("optimizer", "lr", float("inf"), "a number above 0"),
+        ("data", "demonstration_fraction", 1.1, "a fraction in [0, 1]"),
+        ("data", "answer_pattern", " ", '"boxed" or a marker'),
+        ("vllm", "gpu_memory_utilization", 0.0, "a fraction in (0, 1]"),
+        ("model", "device", "cuda:", "auto, cpu, cuda or cuda:<number>"),
+    ],
+)
+def test_a_value_out_of_bounds_names_them(section, key, value, expected):
+    with pytest.raises(ConfigError) as error:
+        config_from_dict({section: {key: value}})
+    assert str(error.value) == f"{section}.{key}: expected {expected}, got {value!r}"
 
 
 @pytest.mark.parametrize(
