@@ -30,7 +30,7 @@ if __name__ == "__main__":
 import triton
 import triton.language as tl
 from rft_kernels import PolicyConfig
-from rft_kernels.objective import DEFAULT_CONFIG
+from rft_kernels.objective import DEFAULT_CONFIG, Tokens
 from rft_kernels.objective.policy_config import SUMS
 from rft_kernels.objective.triton_backend import (
     _PADDED,
@@ -205,7 +205,7 @@ def one_launch_fwd(
     entropy = torch.empty_like(log_probs)
     partial = log_probs.new_empty(len(SUMS), num_programs)
     sums = log_probs.new_empty(len(SUMS))
-    low, high, prefix_low, prefix_high = config.ratio_bounds
+    low, high, prefix_low, prefix_high = config.terms.clip_range
     num_kept = int(min(launch.l2_bytes / num_programs / logits.itemsize, num_classes))
 
     with torch.cuda.device_of(logits):
@@ -300,11 +300,8 @@ def three_launches(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """The kernels that `prefix_rft_loss` launches, without what surrounds them."""
     logits = logits.detach()
     log_probs, entropy, saved = row_stats(logits, batch.targets, batch.response_mask, 1.0, None, 0)
-    sums, dlog_probs, _ = objective_fwd(
-        log_probs, entropy, batch.advantages, batch.response_mask, batch.old_log_probs,
-        batch.prefix_mask, None, None, None, DEFAULT_CONFIG.ratio_bounds, None, None, 0.0,
-        "none", 0.0,
-    )  # fmt: skip
+    tokens = Tokens(batch.advantages, batch.response_mask, batch.old_log_probs, batch.prefix_mask)
+    sums, dlog_probs, _ = objective_fwd(log_probs, entropy, tokens, DEFAULT_CONFIG.terms, None)
     dlogits = torch.empty_like(logits)
     row_grad(dlogits, logits, batch.targets, 1.0, None, entropy, saved, dlog_probs, None, 0)
     return sums[0], dlogits

@@ -61,9 +61,16 @@ def plan_loss(
     check_fraction(fraction, like.numel())
     has_target = targets != _check.NO_TARGET
     tokens, sequences = check_tokens(
-        like, old_log_probs, advantages, response_mask & has_target, prefix_mask, cu_seqlens,
-        rollout_log_probs, ref_log_probs, config,
-    )  # fmt: skip
+        like,
+        old_log_probs,
+        advantages,
+        response_mask & has_target,
+        prefix_mask,
+        cu_seqlens,
+        rollout_log_probs,
+        ref_log_probs,
+        config,
+    )
     prefix = torch.zeros_like(tokens.loss_mask) if prefix_mask is None else tokens.prefix_mask
     candidates = tokens.loss_mask & prefix
     if selected_mask is not None:
@@ -174,11 +181,22 @@ def prefix_rft_loss(
     shape = logits.shape[:-1]
     _check.tensor("targets", targets, dtypes=_check.INTEGERS, shape=shape, like=logits)
     plan = plan_loss(
-        logits.new_empty(()).expand(shape), targets, old_log_probs, advantages, response_mask,
-        prefix_mask, config=config, fraction=fraction, cu_seqlens=cu_seqlens,
-        selected_mask=selected_mask, rollout_log_probs=rollout_log_probs,
-        ref_log_probs=ref_log_probs, normalizer=normalizer, stats=stats, active_rows=active_rows,
-    )  # fmt: skip
+        logits.new_empty(()).expand(shape),
+        targets,
+        old_log_probs,
+        advantages,
+        response_mask,
+        prefix_mask,
+        config=config,
+        fraction=fraction,
+        cu_seqlens=cu_seqlens,
+        selected_mask=selected_mask,
+        rollout_log_probs=rollout_log_probs,
+        ref_log_probs=ref_log_probs,
+        normalizer=normalizer,
+        stats=stats,
+        active_rows=active_rows,
+    )
     found = token_stats(
         logits,
         targets,

@@ -11,7 +11,7 @@ from rft_kernels import (
     linear_token_stats,
     reference,
 )
-from rft_kernels.linear import gemm, passes, tiles
+from rft_kernels.linear import gemm, ops, passes, tiles
 from rft_kernels.objective import Tokens
 from test_behaviour import SLACK_BYTES, compiled, peak_bytes
 
@@ -280,18 +280,21 @@ def test_passes_on_a_device_read_no_value(monkeypatch, dtype, num_active):
     up, bias = empty(320, 4, dtype=dtype), empty(320, dtype=dtype)
     targets, floats, mask = empty(50, dtype=torch.int64), empty(50), empty(50, dtype=torch.bool)
     active = None if num_active is None else empty(num_active, dtype=torch.int64)
-    head = tiles.make_head(
+    projection = tiles.Projection(
         hidden, weight, up, bias, targets, floats, 1.0, 3.0, 299, 320 * 6 * 24, "torch"
     )
-    log_probs, entropy, saved = passes.stats_pass(head, mask, active, only_active=True)
+    head = tiles.make_head(projection)
+    rows = tiles.Rows(mask, mask, active, only_active=True)
+    log_probs, entropy, saved = passes.stats_pass(head, rows)
     assert log_probs.shape == entropy.shape == floats.shape
     shapes = [(50, 20), (320, 16), (320, 4), (320,)]
-    rows = (active, entropy, saved, floats, floats)
+    given = passes.Saved(entropy, saved, floats, floats)
     for into, wanted in ((None, shapes), (empty(320, 16), [shapes[0], (0,), *shapes[2:]])):
-        found = passes.grad_pass(head, 320, *rows, [True] * 4, into)
+        found = passes.grad_pass(head, active, given, [True] * 4, into)
         assert [x.shape for x in found] == wanted
     tokens = Tokens(floats, mask, floats, mask, floats, floats)
-    found = passes.policy_pass(head, 320, mask, mask, active, False, tokens, CONFIG, [True] * 4)
+    rows = rows._replace(only_active=False)
+    found = ops.policy_of(head, rows, tokens, CONFIG.terms, [True] * 4)
     assert [x.shape for x in found] == [(50,), (50,), *shapes]
     assert {x.dtype for x in found} == {torch.float32}
 

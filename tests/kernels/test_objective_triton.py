@@ -222,24 +222,25 @@ def test_the_op_is_registered_as_it_behaves():
     columns += [options[k] for k in ("prefix_mask", "rollout_log_probs", "ref_log_probs")]
     columns = [x.detach() for x in columns]
     for entropy_coef, bounds in ((0.1, None), (0.0, options["cu_seqlens"])):
-        scalars = [[0.8, 1.2, 0.8, 1.2], None, 2.0, entropy_coef, "k3", 0.1]
-        torch.library.opcheck(torch.ops.rft_kernels.policy_objective, (*columns, bounds, *scalars))
+        choices = {"importance_cap": 2.0, "entropy_coef": entropy_coef, "kl": "k3", "kl_coef": 0.1}
+        arguments = (*columns, *PolicyConfig(**choices).terms, bounds)
+        torch.library.opcheck(torch.ops.rft_kernels.policy_objective, arguments)
 
 
 LAUNCHES = """
 import torch
-from rft_kernels.objective import triton_backend
+from rft_kernels import PolicyConfig
+from rft_kernels.objective import Tokens
+from rft_kernels.objective.triton_backend import objective_fwd
 x, mask, bounds = torch.zeros(9), torch.zeros(9) > 0, torch.tensor([0, 4, 9])
-clip = [0.8, 1.2, 0.5, float("inf")]
+shared = {"prefix_clip": "none", "kl_coef": 0.1}
 for cu_seqlens in (None, bounds):
-    triton_backend.objective_fwd(
-        x, x, x, mask, x, mask, x, x, cu_seqlens, clip, 3.0, 2.0, 0.1, "k3", 0.1)
-    triton_backend.objective_fwd(
-        x.bfloat16(), None, x, mask, None, None, None, None, cu_seqlens, clip, None, None, 0.0,
-        "none", 0.0)
+    config = PolicyConfig(dual_clip=3, importance_cap=2, entropy_coef=0.1, kl="k3", **shared)
+    objective_fwd(x, x, Tokens(x, mask, x, mask, x, x), config.terms, cu_seqlens)
+    objective_fwd(x.bfloat16(), None, Tokens(x, mask), PolicyConfig().terms, cu_seqlens)
     for kl in ("k1", "k2"):
-        triton_backend.objective_fwd(
-            x, None, x, mask, None, mask, x, x, cu_seqlens, clip, None, 2.0, 0.0, kl, 0.1)
+        config = PolicyConfig(importance_cap=2, kl=kl, **shared)
+        objective_fwd(x, None, Tokens(x, mask, None, mask, x, x), config.terms, cu_seqlens)
 """
 
 

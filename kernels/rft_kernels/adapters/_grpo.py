@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rft_kernels.objective import Terms, clipped_policy, kl_term
+
 _CLIPPED = ("grpo", "dapo", "bnpo", "dr_grpo", "luspo")
 _LOSS_TYPES = (*_CLIPPED, "cispo", "sapo", "vespo")
 _LOWEST_LOG_WEIGHT, _HIGHEST_LOG_WEIGHT = math.log(1e-8), 20.0  # of vespo
@@ -31,6 +33,13 @@ class Options(NamedTuple):
     vespo_lambda_pos: float
     vespo_k_neg: float
     vespo_lambda_neg: float
+
+    @property
+    def terms(self) -> Terms:
+        """Of the losses that clip; `delta` bounds the ratio whatever the advantage's sign."""
+        delta = math.inf if self.delta is None else self.delta
+        bounds = [1 - self.eps_low, min(1 + self.eps_high, delta)]
+        return Terms(2 * bounds, self.delta, None, entropy_coef=0.0, kl="none", kl_coef=0.0)
 
     def check(self) -> None:
         """ValueError for what is no loss."""
@@ -68,7 +77,6 @@ def token_losses(
     if options.importance_sampling_level == "sequence":
         log_ratio = (log_ratio * mask).sum(-1, keepdim=True)
         log_ratio = log_ratio / mask.sum(-1, keepdim=True).clamp(min=1)
-    ratio = log_ratio.exp()
     advantage = advantages[:, None]
     if weight is not None:
         if weight.shape not in (log_probs.shape, advantage.shape, advantages.shape):
@@ -78,12 +86,11 @@ def token_losses(
             )
         weight = weight.reshape(len(weight), -1)
 
+    ratio = log_ratio.exp()
     is_clipped = torch.zeros_like(ratio, dtype=torch.bool)
     if options.loss_type in _CLIPPED:
-        low, high = 1 - options.eps_low, 1 + options.eps_high
-        is_clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
-        bounded = ratio if options.delta is None else ratio.clamp(max=options.delta)
-        loss = -torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
+        policy = clipped_policy(log_ratio, advantage, is_clipped, options.terms)
+        loss, is_clipped = policy.loss, policy.clipped_low | policy.clipped_high
     elif options.loss_type == "cispo":
         is_clipped = (ratio > options.eps_high) & (advantage > 0)
         loss = -ratio.detach().clamp(max=options.eps_high) * advantage * log_probs
@@ -102,8 +109,7 @@ def token_losses(
         loss = loss * weight
     kl = None
     if options.beta != 0:
-        gap = torch.where(inside, ref - log_probs, 0)
-        kl = gap.exp() - gap - 1
+        kl, _ = kl_term(torch.where(inside, log_probs - ref, 0), "k3")
         kl = kl * ratio if options.use_bias_correction_kl else kl
         loss = loss + options.beta * kl
     return loss, kl, is_clipped

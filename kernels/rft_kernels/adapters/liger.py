@@ -65,10 +65,20 @@ def triton_grpo_loss(
     Differentiable once in `logits` through the loss. Rows outside the mask are not read.
     """
     options = Options(
-        loss_type, importance_sampling_level, beta, eps_low, eps_high, delta,
-        use_bias_correction_kl, sapo_temperature_pos, sapo_temperature_neg,
-        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg,
-    )  # fmt: skip
+        loss_type,
+        importance_sampling_level,
+        beta,
+        eps_low,
+        eps_high,
+        delta,
+        use_bias_correction_kl,
+        sapo_temperature_pos,
+        sapo_temperature_neg,
+        vespo_k_pos,
+        vespo_lambda_pos,
+        vespo_k_neg,
+        vespo_lambda_neg,
+    )
     options.check()
     if beta != 0 and ref_logp is None:
         raise ValueError("ref_logp must be given, as beta is not 0")
@@ -152,10 +162,20 @@ class LigerFusedLinearGRPOFunction:
         count, but for "luspo": Liger's mean is over padding as well, and so is this.
         """
         options = Options(
-            loss_type, importance_sampling_level, beta, epsilon_low, epsilon_high, delta,
-            use_bias_correction_kl, sapo_temperature_pos, sapo_temperature_neg,
-            vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg,
-        )  # fmt: skip
+            loss_type,
+            importance_sampling_level,
+            beta,
+            epsilon_low,
+            epsilon_high,
+            delta,
+            use_bias_correction_kl,
+            sapo_temperature_pos,
+            sapo_temperature_neg,
+            vespo_k_pos,
+            vespo_lambda_pos,
+            vespo_k_neg,
+            vespo_lambda_neg,
+        )
         options.check()
         if loss_type == "dr_grpo" and max_completion_length is None:
             raise ValueError("max_completion_length must be given for loss_type 'dr_grpo'")

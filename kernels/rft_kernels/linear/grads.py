@@ -11,11 +11,9 @@ from .tiles import Head
 class Grads:
     """Sums of the gradients over tiles, in the dtype of the statistics; only those asked for."""
 
-    def __init__(
-        self, head: Head, needs: Sequence[bool], num_classes: int, dweight: Tensor | None = None
-    ) -> None:
+    def __init__(self, head: Head, needs: Sequence[bool], dweight: Tensor | None = None) -> None:
         """`dweight`: the gradient of the weight is added to it, and is not among the results."""
-        hidden = head.hidden
+        hidden, num_classes = head.hidden, head.num_classes
         shapes = [hidden.shape, (num_classes, head.weight.shape[1]), (0,), (num_classes,)]
         if head.low_rank is not None:
             shapes[2] = (num_classes, head.low_rank.shape[1])

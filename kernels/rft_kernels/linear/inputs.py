@@ -1,4 +1,4 @@
-"""The arguments that the ops from hidden states share: checked, flattened, in one order."""
+"""The arguments that the ops from hidden states share: checked and flattened."""
 
 from typing import Any
 
@@ -8,6 +8,8 @@ from torch.distributed import ProcessGroup
 
 from rft_kernels import _check, _dispatch
 from rft_kernels.rows import check_rows
+
+from .tiles import Projection
 
 
 def check_inputs(
@@ -21,10 +23,10 @@ def check_inputs(
     vocab_size: int | None,
     workspace_bytes: int,
     backend: str,
+    process_group: ProcessGroup | None,
     row_mask: Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-) -> tuple[tuple, Tensor, Any]:
-    """The arguments of `make_head`; the rows [T] that have an output; this rank's shard, if any."""
+) -> tuple[Projection, Tensor, Any]:
+    """What the ops are given; the rows [T] that have an output; this rank's shard, if any."""
     _check.tensor("hidden", hidden)
     if hidden.dim() == 0:
         raise ValueError("hidden must be [..., D], got a 0-dim tensor")
@@ -51,20 +53,20 @@ def check_inputs(
         _check.number("softcap", softcap, above=0)
     valid = check_rows(hidden, shape, targets, temperature, row_mask, vocab_size)
     per_row = isinstance(temperature, Tensor)
-    arguments = (
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        up,
-        bias,
-        targets.reshape(-1),
-        temperature.detach().reshape(-1) if per_row else None,
-        1.0 if per_row else float(temperature),
-        None if softcap is None else float(softcap),
-        vocab_size,
-        workspace_bytes,
-        _dispatch.resolve(backend, hidden.device),
+    projection = Projection(
+        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        weight=weight,
+        low_rank=up,
+        bias=bias,
+        targets=targets.reshape(-1),
+        row_temperature=temperature.detach().reshape(-1) if per_row else None,
+        temperature=1.0 if per_row else float(temperature),
+        softcap=None if softcap is None else float(softcap),
+        vocab_size=vocab_size,
+        workspace_bytes=workspace_bytes,
+        backend=_dispatch.resolve(backend, hidden.device),
     )
-    return arguments, valid.reshape(-1), shard
+    return projection, valid.reshape(-1), shard
 
 
 def _own_shard(

@@ -29,16 +29,31 @@ from rft_kernels.selection import FIFTH
 
 from . import ops
 from .inputs import check_dweight, check_inputs
-from .tiles import counts_rows
+from .tiles import DIFFERENTIABLE, Projection, Rows, counts_rows, make_head
 
 
-def _ops(shard: Any) -> tuple[Callable, Callable, Callable]:
-    """Statistics, a policy's loss and a function's: on one rank, or over those of the classes."""
+def _served_by(shard: Any) -> tuple[Callable, Callable, Callable]:
+    """Statistics, a policy's loss and a head: of one rank, or over those that share the classes."""
     if shard is None:
-        return ops.token_stats_fwd, ops.policy_of, ops.function
+        return ops.token_stats, ops.policy, make_head
     from . import vocab_parallel as over
 
-    return tuple(partial(op, shard) for op in (over.token_stats, over.policy, over.function))
+    return tuple(partial(f, shard) for f in (over.token_stats, over.policy, over.make_sharded_head))
+
+
+def _needs(projection: Projection) -> list[bool]:
+    """Which of the inputs want a gradient."""
+    inputs = projection[: len(DIFFERENTIABLE)]
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+
+
+def _known_gradient(
+    projection: Projection, dinputs: list[Tensor], needs: list[bool], dweight: Tensor | None
+) -> tuple[list, ...]:
+    """Inputs that want a gradient, it, and where it is to go, as `attach_gradient` takes them."""
+    sinks = [dweight if name == "weight" else None for name in DIFFERENTIABLE]
+    chosen = [i for i, need in enumerate(needs) if need]
+    return tuple([part[i] for i in chosen] for part in (projection, dinputs, sinks))
 
 
 def linear_token_stats(
@@ -85,12 +100,23 @@ def linear_token_stats(
     backward projects again, and only (on a CPU) rows whose incoming gradients are not both zero.
     Sums are float32 (float64 for float64). Deterministic.
     """
-    arguments, valid, shard = check_inputs(
-        hidden, lm_head_weight, low_rank, bias, targets, temperature, softcap, vocab_size,
-        workspace_bytes, backend, row_mask, process_group,
-    )  # fmt: skip
-    op, *_ = _ops(shard)
-    log_probs, entropy, _ = op(*arguments, valid, None, False, None)
+    projection, valid, shard = check_inputs(
+        hidden,
+        lm_head_weight,
+        low_rank,
+        bias,
+        targets,
+        temperature,
+        softcap,
+        vocab_size,
+        workspace_bytes,
+        backend,
+        process_group,
+        row_mask,
+    )
+    stats_op, *_ = _served_by(shard)
+    rows = Rows(valid, valid, listed=None, only_active=False)
+    log_probs, entropy, _ = stats_op(projection, rows, None)
     return TokenStats(log_probs.view(targets.shape), entropy.view(targets.shape))
 
 
@@ -143,39 +169,60 @@ def linear_prefix_rft_loss(
     select, ratio of the token), they are computed in the forward, from one projection, and only
     scaled by the backward; otherwise the backward projects the active rows again. Deterministic.
     """
-    arguments, _, shard = check_inputs(
-        hidden, lm_head_weight, low_rank, bias, targets, temperature, softcap, vocab_size,
-        workspace_bytes, backend, process_group=process_group,
-    )  # fmt: skip
-    stats_op, policy_op, _ = _ops(shard)
-    check_dweight(accumulate_dweight, arguments[1])
+    projection, _, shard = check_inputs(
+        hidden,
+        lm_head_weight,
+        low_rank,
+        bias,
+        targets,
+        temperature,
+        softcap,
+        vocab_size,
+        workspace_bytes,
+        backend,
+        process_group,
+    )
+    check_dweight(accumulate_dweight, projection.weight)
     shape = hidden.shape[:-1]
     plan = plan_loss(
-        hidden.new_empty(()).expand(shape), targets, old_log_probs, advantages, response_mask,
-        prefix_mask, config=config, fraction=fraction, cu_seqlens=cu_seqlens,
-        selected_mask=selected_mask, rollout_log_probs=rollout_log_probs,
-        ref_log_probs=ref_log_probs, normalizer=normalizer, stats=stats, active_rows=active_rows,
-    )  # fmt: skip
+        hidden.new_empty(()).expand(shape),
+        targets,
+        old_log_probs,
+        advantages,
+        response_mask,
+        prefix_mask,
+        config=config,
+        fraction=fraction,
+        cu_seqlens=cu_seqlens,
+        selected_mask=selected_mask,
+        rollout_log_probs=rollout_log_probs,
+        ref_log_probs=ref_log_probs,
+        normalizer=normalizer,
+        stats=stats,
+        active_rows=active_rows,
+    )
     known_rows = plan.selected is not None
-    only_active = stats == "active" and known_rows
-    inputs = arguments[: ops.NUM_TENSORS]
-    needs = [x is not None and x.requires_grad for x in inputs]
-    gradient = None
-    if known_rows and config.depends_on_row_alone and any(needs) and torch.is_grad_enabled():
-        detached = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
-        rows = (plan.needed, plan.active, active_rows, only_active)
-        log_probs, entropy, *dinputs = policy_op(*detached, *rows, plan.tokens, config, needs)
-        sinks = [None, accumulate_dweight, None, None]
-        chosen = [i for i, need in enumerate(needs) if need]
-        gradient = tuple([part[i] for i in chosen] for part in (inputs, dinputs, sinks))
-    else:
-        log_probs, entropy, _ = stats_op(
-            *arguments, plan.needed, active_rows, only_active, accumulate_dweight
+    rows = Rows(plan.needed, plan.active, active_rows, stats == "active" and known_rows)
+    stats_op, policy_op, _ = _served_by(shard)
+    needs, gradient = _needs(projection), None
+    if known_rows and config.depends_on_row_alone and any(needs):
+        detached = (x.detach() if isinstance(x, Tensor) else x for x in projection)
+        log_probs, entropy, *dinputs = policy_op(
+            Projection(*detached), rows, plan.tokens, config.terms, needs
         )
+        gradient = _known_gradient(projection, dinputs, needs, accumulate_dweight)
+    else:
+        log_probs, entropy, _ = stats_op(projection, rows, accumulate_dweight)
     return finish_loss(
-        plan, TokenStats(log_probs, entropy), shape, normalizer=normalizer, fraction=fraction,
-        cu_seqlens=cu_seqlens, backend=backend, gradient=gradient,
-    )  # fmt: skip
+        plan,
+        TokenStats(log_probs, entropy),
+        shape,
+        normalizer=normalizer,
+        fraction=fraction,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        gradient=gradient,
+    )
 
 
 def linear_token_loss(
@@ -222,11 +269,20 @@ def linear_token_loss(
     0 have no part in the products of the gradients. Deterministic if `loss_fn` is. Not under
     torch.compile(fullgraph=True).
     """
-    arguments, valid, shard = check_inputs(
-        hidden, lm_head_weight, low_rank, bias, targets, temperature, softcap, vocab_size,
-        workspace_bytes, backend, process_group=process_group,
-    )  # fmt: skip
-    check_dweight(accumulate_dweight, arguments[1])
+    projection, valid, shard = check_inputs(
+        hidden,
+        lm_head_weight,
+        low_rank,
+        bias,
+        targets,
+        temperature,
+        softcap,
+        vocab_size,
+        workspace_bytes,
+        backend,
+        process_group,
+    )
+    check_dweight(accumulate_dweight, projection.weight)
     shape = hidden.shape[:-1]
     like = hidden.new_empty(()).expand(shape)
     tokens, in_loss = check_function(loss_fn, tokens, mask, normalizer, like)
@@ -237,22 +293,16 @@ def linear_token_loss(
         _check.rows("active_rows", active_rows, like)
         active = active & torch.zeros_like(active).index_fill(0, active_rows, True)
     only_active = stats == "active"
-    if only_active:
-        valid = in_loss = active
-    inputs = arguments[: ops.NUM_TENSORS]
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    rows = Rows(active if only_active else valid, active, active_rows, only_active)
+    needs = _needs(projection)
     loss = FunctionLoss(loss_fn, tokens, check=check)
-    *_, function_op = _ops(shard)
-    log_probs, entropy, *dinputs = function_op(
-        *arguments, valid, active, active_rows, only_active, loss, needs
-    )
+    *_, new_head = _served_by(shard)
+    log_probs, entropy, *dinputs = ops.function_of(new_head(projection), rows, loss, needs)
     if active_rows is not None and not only_active:
         rest = in_loss & ~active
-        rows = rest.nonzero().squeeze(-1) if counts_rows(rest.device) else slice(None)
-        loss.take(rows, rest[rows], log_probs[rows], entropy[rows])
+        others = rest.nonzero().squeeze(-1) if counts_rows(rest.device) else slice(None)
+        loss.take(others, rest[others], log_probs[others], entropy[others])
     total, metrics = loss.finish(log_probs)
-    sinks = [None, accumulate_dweight, None, None]
-    chosen = [i for i, need in enumerate(needs) if need]
-    gradient = ([part[i] for i in chosen] for part in (inputs, dinputs, sinks))
-    loss = attach_gradient(total, normalizer, *gradient)
-    return PolicyLoss(loss, log_probs.view(shape), entropy.view(shape), None, metrics)
+    gradient = _known_gradient(projection, dinputs, needs, accumulate_dweight)
+    total = attach_gradient(total, normalizer, *gradient)
+    return PolicyLoss(total, log_probs.view(shape), entropy.view(shape), None, metrics)

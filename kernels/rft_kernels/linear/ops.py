@@ -5,78 +5,45 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rft_kernels.objective import PolicyConfig, Tokens
+from rft_kernels._bundle import bundled_op
+from rft_kernels.objective import FunctionLoss, Terms, Tokens, evaluate
 from rft_kernels.results import stats_dtype
 from rft_kernels.rows import new_stats
 
 from .grads import wanted_results
-from .passes import function_pass, grad_pass, policy_pass, stats_pass
-from .tiles import make_head
+from .passes import Saved, Slopes, grad_pass, loss_pass, stats_pass
+from .tiles import DIFFERENTIABLE, Head, Projection, Rows, make_head
 
-NUM_TENSORS = 4  # that may need a gradient lead every op: hidden, weight, low_rank, bias
-_NUM_HEAD = 11  # arguments of make_head, which lead those of every op
+_TENSORS = (*DIFFERENTIABLE, "targets", "row_temperature")
 
 
-@torch.library.custom_op("rft_kernels::linear_token_stats", mutates_args=())
-def token_stats_fwd(
-    hidden: Tensor,  # [T, D + R]
-    weight: Tensor,  # [V, D]
-    low_rank: Tensor | None,  # [V, R]
-    bias: Tensor | None,  # [V]
-    targets: Tensor,  # [T]
-    row_temperature: Tensor | None,  # [T]
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
-    workspace_bytes: int,
-    backend: str,
-    valid: Tensor,  # [T]
-    active_rows: Tensor | None,  # [N], those that may have a gradient if the caller knows them
-    only_active: bool,
+@bundled_op("rft_kernels::linear_token_stats")
+def token_stats(
+    projection: Projection,
+    rows: Rows,
     dweight: Tensor | None,  # [V, D], to which the backward adds the weight's gradient
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = make_head(
-        hidden, weight, low_rank, bias, targets, row_temperature, temperature, softcap, vocab_size,
-        workspace_bytes, backend,
-    )  # fmt: skip
-    return stats_pass(head, valid, active_rows, only_active)
+    return stats_pass(make_head(projection), rows)
 
 
-@token_stats_fwd.register_fake
-def _(hidden, *arguments):
-    return new_stats(hidden, len(hidden), arguments[9])
+@token_stats.register_fake
+def _(projection, rows, dweight):
+    return new_stats(projection.hidden, len(projection.hidden), projection.backend)
 
 
-@torch.library.custom_op("rft_kernels::linear_token_stats_bwd", mutates_args=("dweight",))
+@bundled_op("rft_kernels::linear_token_stats_bwd", mutates_args=("dweight",))
 def token_stats_bwd(
-    hidden: Tensor,  # [T, D + R]
-    weight: Tensor,  # [V, D]
-    low_rank: Tensor | None,  # [V, R]
-    bias: Tensor | None,  # [V]
-    targets: Tensor,  # [T]
-    row_temperature: Tensor | None,  # [T]
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
-    workspace_bytes: int,
-    backend: str,
-    active_rows: Tensor | None,  # [N]
-    entropy: Tensor,  # [T]
-    saved: Tensor,  # [T, k]
-    dlog_probs: Tensor | None,  # [T]
-    dentropy: Tensor | None,  # [T]
+    projection: Projection,
+    listed: Tensor | None,  # [N]
+    saved: Saved,
     needs: Sequence[bool],
     dweight: Tensor | None,  # [V, D], added to; then not among the results
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head = make_head(
-        hidden, weight, low_rank, bias, targets, row_temperature, temperature, softcap, vocab_size,
-        workspace_bytes, backend,
-    )  # fmt: skip
-    rows = (active_rows, entropy, saved, dlog_probs, dentropy)
-    return grad_pass(head, len(weight), *rows, needs, dweight)
+    return grad_pass(make_head(projection), listed, saved, needs, dweight)
 
 
-def _fake_grads(hidden, weight, low_rank, needs):
+def _fake_grads(projection: Projection, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    hidden, weight, low_rank = projection.hidden, projection.weight, projection.low_rank
     up = (0,) if low_rank is None else low_rank.shape
     shapes = (hidden.shape, weight.shape, up, weight.shape[:1])
     dtype = stats_dtype(hidden.dtype)
@@ -87,114 +54,69 @@ def _fake_grads(hidden, weight, low_rank, needs):
 
 
 @token_stats_bwd.register_fake
-def _(hidden, weight, low_rank, *arguments):
-    *_, needs, dweight = arguments
-    return _fake_grads(hidden, weight, low_rank, wanted_results(needs, dweight))
-
-
-def split_head(arguments: Sequence) -> tuple[Sequence, Sequence]:
-    """The arguments of make_head, and the others."""
-    return arguments[:_NUM_HEAD], arguments[_NUM_HEAD:]
+def _(projection, listed, saved, needs, dweight):
+    return _fake_grads(projection, wanted_results(needs, dweight))
 
 
 def setup_context(ctx, inputs, output) -> None:
-    *head, valid, active_rows, _, ctx.dweight = inputs
-    ctx.options = head[6:]
+    projection, rows, ctx.dweight = token_stats.bundle(inputs)
+    ctx.projection = projection._replace(**dict.fromkeys(_TENSORS))
+    ctx.num_inputs = len(inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*head[:6], valid, active_rows, *output[1:])
+    tensors = (getattr(projection, name) for name in _TENSORS)
+    ctx.save_for_backward(*tensors, rows.valid, rows.listed, *output[1:])
 
 
 def backward(ctx, dlog_probs, dentropy, _, gradient=token_stats_bwd):
-    *tensors, valid, active_rows, entropy, saved = ctx.saved_tensors
-    num_others = _NUM_HEAD + 4 - NUM_TENSORS
     if dlog_probs is None and dentropy is None:
-        return (None,) * (NUM_TENSORS + num_others)
+        return (None,) * ctx.num_inputs
+    *tensors, valid, listed, entropy, saved = ctx.saved_tensors
+    projection = ctx.projection._replace(**dict(zip(_TENSORS, tensors, strict=True)))
     scalars = (None if d is None else torch.where(valid, d, 0) for d in (dlog_probs, dentropy))
-    needs = list(ctx.needs_input_grad[:NUM_TENSORS])
-    found = gradient(
-        *tensors, *ctx.options, active_rows, entropy, saved, *scalars, needs, ctx.dweight
-    )
+    needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
+    found = gradient(projection, listed, Saved(entropy, saved, *scalars), needs, ctx.dweight)
     grads = [
         grad.to(x.dtype) if wanted else None
         for grad, x, wanted in zip(found, tensors, wanted_results(needs, ctx.dweight), strict=False)
     ]
-    return (*grads, *(None,) * num_others)
+    return (*grads, *(None,) * (ctx.num_inputs - len(grads)))
 
 
-token_stats_fwd.register_autograd(backward, setup_context=setup_context)
+token_stats.register_autograd(backward, setup_context=setup_context)
 
 
-@torch.library.custom_op("rft_kernels::linear_policy", mutates_args=())
+@bundled_op("rft_kernels::linear_policy")
 def policy(
-    hidden: Tensor,  # [T, D + R]
-    weight: Tensor,  # [V, D]
-    low_rank: Tensor | None,  # [V, R]
-    bias: Tensor | None,  # [V]
-    targets: Tensor,  # [T]
-    row_temperature: Tensor | None,  # [T]
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
-    workspace_bytes: int,
-    backend: str,
-    valid: Tensor,  # [T]
-    active: Tensor,  # [T]
-    active_rows: Tensor | None,  # [N]
-    only_active: bool,
-    advantages: Tensor,  # [T]
-    loss_mask: Tensor,  # [T]
-    old_log_probs: Tensor | None,  # [T]
-    prefix_mask: Tensor | None,  # [T]
-    rollout_log_probs: Tensor | None,  # [T]
-    ref_log_probs: Tensor | None,  # [T]
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    prefix_clip: Sequence[float],
-    importance_cap: float | None,
-    entropy_coef: float,
-    kl: str,
-    kl_coef: float,
-    needs: Sequence[bool],
+    projection: Projection, rows: Rows, tokens: Tokens, terms: Terms, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Statistics, and the gradients of the sum of the tokens' losses, from one projection."""
-    head = make_head(
-        hidden, weight, low_rank, bias, targets, row_temperature, temperature, softcap, vocab_size,
-        workspace_bytes, backend,
-    )  # fmt: skip
-    config = PolicyConfig(
-        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, prefix_clip=prefix_clip,
-        importance_cap=importance_cap, entropy_coef=entropy_coef, kl=kl, kl_coef=kl_coef,
-    )  # fmt: skip
-    tokens = Tokens(
-        advantages, loss_mask, old_log_probs, prefix_mask, rollout_log_probs, ref_log_probs
-    )
-    rows = (valid, active, active_rows, only_active)
-    return policy_pass(head, len(weight), *rows, tokens, config, needs)
+    return policy_of(make_head(projection), rows, tokens, terms, needs)
 
 
 @policy.register_fake
-def _(hidden, weight, low_rank, *arguments):
-    stats = new_stats(hidden, len(hidden), arguments[7])
-    return *stats[:2], *_fake_grads(hidden, weight, low_rank, arguments[-1])
+def _(projection, rows, tokens, terms, needs):
+    stats = new_stats(projection.hidden, len(projection.hidden), projection.backend)
+    return *stats[:2], *_fake_grads(projection, needs)
 
 
-def policy_of(*arguments) -> tuple[Tensor, ...]:
-    """`policy`, with tokens and config as they are."""
-    *head_and_rows, tokens, config, needs = arguments
-    prefix_clip = {"same": (config.clip_low, config.clip_high), "none": (torch.inf,) * 2}.get(
-        config.prefix_clip, config.prefix_clip
-    )
-    return policy(
-        *head_and_rows, *tokens,
-        config.clip_low, config.clip_high, config.dual_clip, list(prefix_clip),
-        config.importance_cap, config.entropy_coef, config.kl, config.kl_coef, needs,
-    )  # fmt: skip
+def policy_of(
+    head: Head, rows: Rows, tokens: Tokens, terms: Terms, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    def derivatives(tile: Tensor, log_probs: Tensor, entropy: Tensor) -> Slopes:
+        result = evaluate(log_probs, entropy, tokens.at(tile), terms, head.backend)
+        return result.dlog_probs, result.dentropy
+
+    return loss_pass(head, rows, derivatives, needs)
 
 
-@torch.no_grad()
-def function(*arguments) -> tuple[Tensor, ...]:
-    """As `policy`, of a loss that is a function of the caller's, which no op of torch can carry."""
-    head, rows = split_head(arguments)
-    return function_pass(make_head(*head), len(head[1]), *rows)
+def function_of(
+    head: Head, rows: Rows, loss: FunctionLoss, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """As `policy_of`, of a loss that is a function of the caller's, which no op can carry."""
+
+    def derivatives(tile: Tensor, log_probs: Tensor, entropy: Tensor) -> Slopes:
+        return loss.take(tile, rows.active[tile], log_probs, entropy)
+
+    with torch.no_grad():
+        return loss_pass(head, rows, derivatives, needs, drop=True)

@@ -1,124 +1,100 @@
 """What is done with the tiles of a head: statistics, gradients, or both from one projection."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rft_kernels.objective import FunctionLoss, PolicyConfig, Tokens, evaluate
 from rft_kernels.rows import at
 
 from .grads import Grads
-from .tiles import Head, counts_rows, split_rows
+from .tiles import Head, Rows, counts_rows, split_rows
+
+Slopes = Sequence[Tensor | None]  # the two derivatives of rows' losses [n]; None: 0 for all
 
 
-def stats_pass(
-    head: Head,
-    valid: Tensor,  # [T]
-    active_rows: Tensor | None,  # [N], those that may have a gradient if the caller knows them
-    only_active: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+class Saved(NamedTuple):
+    """What the statistics keep for the gradient, and the gradients that come in."""
+
+    entropy: Tensor  # [T]
+    saved: Tensor  # [T, k]
+    dlog_probs: Tensor | None  # [T]
+    dentropy: Tensor | None  # [T]
+
+
+def stats_pass(head: Head, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """log_probs [T], entropy [T], saved [T, k]."""
-    rows, _ = split_rows(valid, valid, active_rows if only_active else None, only_active=True)
+    wanted = rows._replace(active=rows.valid, listed=rows.listed if rows.only_active else None)
+    every, _ = split_rows(wanted)
     out = head.new_stats()
-    for tile, logits in head.tiles(rows, head.new_tile()):
-        head.stats(tile, logits, valid, out)
+    for tile, logits in head.tiles(every, head.new_tile()):
+        head.stats(tile, logits, rows.valid, out)
     return out
 
 
 def grad_pass(
     head: Head,
-    num_classes: int,
-    active_rows: Tensor | None,  # [N]
-    entropy: Tensor,  # [T]
-    saved: Tensor,  # [T, k]
-    dlog_probs: Tensor | None,  # [T]
-    dentropy: Tensor | None,  # [T]
+    listed: Tensor | None,  # [N]
+    saved: Saved,
     needs: Sequence[bool],
     dweight: Tensor | None,  # [V, D], added to
 ) -> tuple[Tensor, ...]:
     """Gradients as `Grads.finish` gives them."""
-    active = torch.zeros_like(entropy, dtype=torch.bool)
-    for scalar in (dlog_probs, dentropy):
-        if scalar is not None:
-            active = active | (scalar != 0)
-    rows, _ = split_rows(active, active, active_rows, only_active=True)
-    grads = Grads(head, needs, num_classes, dweight)
+    active = has_gradient(saved.entropy, (saved.dlog_probs, saved.dentropy))
+    rows, _ = split_rows(Rows(active, active, listed, only_active=True))
+    grads = Grads(head, needs, dweight)
     for tile, logits in head.tiles(rows, head.new_tile()):
-        per_row = (at(x, tile) for x in (entropy, saved, dlog_probs, dentropy))
-        grads.add(tile, head.grad(tile, logits, *per_row))
+        grads.add(tile, head.grad(tile, logits, *(at(x, tile) for x in saved)))
     return grads.finish()
 
 
-def policy_pass(
+def loss_pass(
     head: Head,
-    num_classes: int,
-    valid: Tensor,  # [T]
-    active: Tensor,  # [T]
-    active_rows: Tensor | None,  # [N]
-    only_active: bool,
-    tokens: Tokens,
-    config: PolicyConfig,
+    rows: Rows,
+    derivatives: Callable[[Tensor, Tensor, Tensor], Slopes],
     needs: Sequence[bool],
+    *,
+    drop: bool = False,
 ) -> tuple[Tensor, ...]:
-    """log_probs, entropy, and the gradients of the sum of the tokens' losses."""
-    rows, others = split_rows(valid, active, active_rows, only_active)
-    out = log_probs, entropy, saved = head.new_stats()
-    grads = Grads(head, needs, num_classes)
-    buffer = head.new_tile()
-    for tile, logits in head.tiles(rows, buffer):
-        head.stats(tile, logits, valid, out)
-        h = entropy[tile]
-        result = evaluate(log_probs[tile], h, tokens.at(tile), config, head.backend)
-        dlogits = head.grad(tile, logits, h, saved[tile], result.dlog_probs, result.dentropy)
-        grads.add(tile, dlogits)
-    for tile, logits in head.tiles(others, buffer):
-        head.stats(tile, logits, valid, out)
-    return log_probs, entropy, *grads.finish()
+    """log_probs, entropy, and the gradients of the sum of the rows' losses.
 
-
-def function_pass(
-    head: Head,
-    num_classes: int,
-    valid: Tensor,  # [T]
-    active: Tensor,  # [T]
-    active_rows: Tensor | None,  # [N]
-    only_active: bool,
-    loss: FunctionLoss,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """As `policy_pass`, of the rows' losses that `loss` takes."""
-    rows, others = split_rows(valid, active, active_rows, only_active)
+    derivatives: from the indices of a tile and its log_probs and entropy.
+    drop: where rows are counted, those without a derivative leave the tile.
+    """
+    active, others = split_rows(rows)
     out = log_probs, entropy, saved = head.new_stats()
-    grads = Grads(head, needs, num_classes)
+    grads = Grads(head, needs)
     buffer = head.new_tile()
-    for tile, logits in head.tiles(rows, buffer):
-        head.stats(tile, logits, valid, out)
-        slopes = loss.take(tile, active[tile], log_probs[tile], entropy[tile])
+    for tile, logits in head.tiles(active, buffer):
+        head.stats(tile, logits, rows.valid, out)
+        slopes = derivatives(tile, log_probs[tile], entropy[tile])
         if not any(needs):
             continue
-        if counts_rows(logits.device):
+        if drop and counts_rows(logits.device):
             tile, logits, slopes = _with_gradient(tile, logits, slopes)
-        if len(tile):
-            grads.add(tile, head.grad(tile, logits, entropy[tile], saved[tile], *slopes))
+        grads.add(tile, head.grad(tile, logits, entropy[tile], saved[tile], *slopes))
     for tile, logits in head.tiles(others, buffer):
-        head.stats(tile, logits, valid, out)
+        head.stats(tile, logits, rows.valid, out)
     return log_probs, entropy, *grads.finish()
 
 
-def _with_gradient(
-    tile: Tensor, logits: Tensor, slopes: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The rows of a tile of which a derivative is not 0; their logits moved to the buffer's front.
+def has_gradient(like: Tensor, slopes: Slopes) -> Tensor:
+    """Rows of which a derivative is not 0, bool of the shape of `like`."""
+    active = torch.zeros_like(like, dtype=torch.bool)
+    for slope in slopes:
+        if slope is not None:
+            active = active | (slope != 0)
+    return active
+
+
+def _with_gradient(tile: Tensor, logits: Tensor, slopes: Slopes) -> tuple[Tensor, Tensor, Slopes]:
+    """The rows of a tile with a gradient; their logits are moved to the front of the buffer.
 
     One by one, since a gather would be a second buffer.
     """
-    active = torch.zeros_like(tile, dtype=torch.bool)
-    for slope in slopes:
-        if slope is not None:
-            active |= slope != 0
-    kept = active.nonzero().squeeze(-1)
-    for place, row in enumerate(kept.tolist() if len(kept) < len(tile) else ()):
+    kept = has_gradient(tile, slopes).nonzero().squeeze(-1)
+    for place, row in enumerate(kept.tolist()):
         if place < row:
             logits[place] = logits[row]
     return tile[kept], logits[: len(kept)], [at(slope, kept) for slope in slopes]

@@ -6,6 +6,7 @@ all tiles.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,18 +23,47 @@ _ROW_MULTIPLES = {"cpu": 1, "cuda": 64}
 _COUNTING_DEVICES = ("cpu",)  # where the number of marked rows may be read
 
 
+class Projection(NamedTuple):
+    """What every op from hidden states is given; those that may have a gradient come first."""
+
+    hidden: Tensor  # [T, D + R]
+    weight: Tensor  # [V, D]
+    low_rank: Tensor | None  # [V, R]: beside the weight, without being one matrix with it
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [T]
+    row_temperature: Tensor | None  # [T]
+    temperature: float  # where there is none a row
+    softcap: float | None
+    vocab_size: int  # columns from here on are padding
+    workspace_bytes: int
+    backend: str
+
+
+DIFFERENTIABLE = Projection._fields[:4]
+
+
+class Rows(NamedTuple):
+    """Which rows an op works on."""
+
+    valid: Tensor  # [T] bool, those with statistics
+    active: Tensor  # [T] bool, those that may have a gradient
+    listed: Tensor | None  # [N] those outside which there is none, if the caller knows them
+    only_active: bool  # the others need no statistics
+
+
 @dataclass(frozen=True)
 class Head:
     """One call's projection, and how much of it is done at a time."""
 
     hidden: Tensor  # [T, D + R]
     weight: Tensor  # [V, D], padding cut off
-    low_rank: Tensor | None  # [V, R]: beside the weight, without being one matrix with it
+    low_rank: Tensor | None  # [V, R]
     bias: Tensor | None  # [V]
     targets: Tensor  # [T]
     temperature: float | Tensor  # or [T]
     softcap: float | None
     backend: str
+    num_classes: int  # padding included
     tile_rows: int
     scratch_bytes: int
 
@@ -95,9 +125,13 @@ class Head:
     def stats(self, tile: Tensor, logits: Tensor, valid: Tensor, out: tuple[Tensor, ...]) -> None:
         """Writes the statistics of a tile into those of all rows."""
         found = row_backend(self.backend).row_stats(
-            logits, self.targets[tile], valid[tile], at(self.temperature, tile), self.softcap,
+            logits,
+            self.targets[tile],
+            valid[tile],
+            at(self.temperature, tile),
+            self.softcap,
             self.scratch_bytes,
-        )  # fmt: skip
+        )
         for into, part in zip(out, found, strict=True):
             into[tile] = part
 
@@ -109,9 +143,14 @@ class Head:
         _, dtype = self.operand_dtypes
         out = logits if logits.dtype == dtype else self._new_rows(len(logits), dtype)
         row_backend(self.backend).row_grad(
-            out, logits, self.targets[tile], at(self.temperature, tile), self.softcap, *rows,
+            out,
+            logits,
+            self.targets[tile],
+            at(self.temperature, tile),
+            self.softcap,
+            *rows,
             self.scratch_bytes,
-        )  # fmt: skip
+        )
         return out
 
     def share(self, dhidden: Tensor) -> None:
@@ -124,38 +163,33 @@ def row_stride(num_classes: int, device: torch.device) -> int:
     return -(-num_classes // multiple) * multiple
 
 
-def make_head(
-    hidden: Tensor,
-    weight: Tensor,
-    low_rank: Tensor | None,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
-    workspace_bytes: int,
-    backend: str,
-) -> Head:
-    """Shares the workspace out: a tile of logits, and scratch for the primitive or the weight."""
-    dtype = stats_dtype(hidden.dtype)
-    operands = gemm.operand_dtypes(hidden.dtype, dtype, hidden.device)
+def make_head(given: Projection, widest: int | None = None) -> Head:
+    """Divides the workspace: a tile of logits, and scratch for the primitive or the weight.
+
+    `widest`: classes for which a row of a tile has to have room, if not those of this head.
+    """
+    device, dtype = given.hidden.device, stats_dtype(given.hidden.dtype)
+    _, gradient_dtype = gemm.operand_dtypes(given.hidden.dtype, dtype, device)
+    vocab_size = given.vocab_size
+    widest = vocab_size if widest is None else widest
     scratch = 0
-    if backend == "torch" or operands[1] != hidden.dtype:
-        scratch = min(default_scratch(hidden.device), workspace_bytes // 4)
-        scratch = max(scratch, row_bytes(vocab_size, dtype))
-    logit_bytes = dtype.itemsize + (0 if operands[1] == dtype else operands[1].itemsize)
-    most = _TILE_ROWS.get(hidden.device.type, _TILE_ROWS["cuda"])
-    tile_rows = (workspace_bytes - scratch) // (row_stride(vocab_size, hidden.device) * logit_bytes)
+    if given.backend == "torch" or gradient_dtype != given.hidden.dtype:
+        scratch = min(default_scratch(device), given.workspace_bytes // 4)
+        scratch = max(scratch, row_bytes(widest, dtype))
+    logit_bytes = dtype.itemsize + (0 if gradient_dtype == dtype else gradient_dtype.itemsize)
+    tile_rows = (given.workspace_bytes - scratch) // (row_stride(widest, device) * logit_bytes)
+    most = _TILE_ROWS.get(device.type, _TILE_ROWS["cuda"])
+    per_row = given.row_temperature is not None
     return Head(
-        hidden=hidden,
-        weight=weight[:vocab_size],
-        low_rank=None if low_rank is None else low_rank[:vocab_size],
-        bias=None if bias is None else bias[:vocab_size],
-        targets=targets,
-        temperature=temperature if row_temperature is None else row_temperature,
-        softcap=softcap,
-        backend=backend,
+        hidden=given.hidden,
+        weight=given.weight[:vocab_size],
+        low_rank=None if given.low_rank is None else given.low_rank[:vocab_size],
+        bias=None if given.bias is None else given.bias[:vocab_size],
+        targets=given.targets,
+        temperature=given.row_temperature if per_row else given.temperature,
+        softcap=given.softcap,
+        backend=given.backend,
+        num_classes=len(given.weight),
         tile_rows=max(1, min(most, tile_rows)),
         scratch_bytes=scratch,
     )
@@ -165,18 +199,17 @@ def counts_rows(device: torch.device) -> bool:
     return device.type in _COUNTING_DEVICES
 
 
-def split_rows(
-    valid: Tensor, active: Tensor, active_rows: Tensor | None, only_active: bool
-) -> tuple[Tensor, Tensor]:
+def split_rows(rows: Rows) -> tuple[Tensor, Tensor]:
     """Indices of the rows that may have a gradient, and of the others with statistics.
 
-    On a device their number must come from the host: from `active_rows`, or it is all of them.
+    On a device their number must come from the host: from `listed`, or it is all of them.
     """
+    valid, active, listed, only_active = rows
     if counts_rows(valid.device):
         return active.nonzero().squeeze(-1), (valid & ~active).nonzero().squeeze(-1)
-    if active_rows is None:
+    if listed is None:
         every = torch.arange(len(valid), device=valid.device)
         return every, every[:0]
-    listed = torch.zeros_like(valid, dtype=torch.int32).index_fill(0, active_rows, 1)
-    num_others = 0 if only_active else len(valid) - len(active_rows)
-    return active_rows, listed.argsort(stable=True)[:num_others]
+    marked = torch.zeros_like(valid, dtype=torch.int32).index_fill(0, listed, 1)
+    num_others = 0 if only_active else len(valid) - len(listed)
+    return listed, marked.argsort(stable=True)[:num_others]

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
+from rft_kernels._bundle import flatten
 from rft_kernels.rows import at, row_backend
 
 from . import ops
-from .passes import function_pass, grad_pass, policy_pass, stats_pass
-from .tiles import Head, make_head
+from .passes import grad_pass, stats_pass
+from .tiles import Head, Projection, make_head
 
 _LOWEST_SHIFT = -1e4  # e^x is 0 long before, in float64 too, so that 0 * log 0 is 0
 
@@ -93,61 +94,45 @@ class ShardedHead(Head):
         dist.all_reduce(dhidden, group=self.shard.group)
 
 
-def _make_head(
-    shard: Shard, hidden: Tensor, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None,
-    targets: Tensor, row_temperature: Tensor | None, temperature: float, softcap: float | None,
-    vocab_size: int, *options,
-) -> ShardedHead:  # fmt: skip
+def make_sharded_head(shard: Shard, given: Projection) -> ShardedHead:
     """As `make_head`, the tiles being those of the largest shard, so that all ranks keep step."""
-    own = slice(max(0, vocab_size - shard.offset))
-    low_rank, bias = (None if x is None else x[own] for x in (low_rank, bias))
-    head = make_head(
-        hidden, weight[own], low_rank, bias, targets - shard.offset, row_temperature, temperature,
-        softcap, min(shard.largest, vocab_size), *options,
-    )  # fmt: skip
+    own = max(0, min(len(given.weight), given.vocab_size - shard.offset))
+    local = given._replace(targets=given.targets - shard.offset, vocab_size=own)
+    head = make_head(local, widest=min(shard.largest, given.vocab_size))
     return ShardedHead(**vars(head), shard=shard)
 
 
 class _TokenStats(torch.autograd.Function):
-    """`ops.token_stats_fwd`; the shard comes last."""
+    """`ops.token_stats`; the shard comes last."""
 
     @staticmethod
     def forward(*arguments):
-        *head, valid, active_rows, only_active, _, shard = arguments
-        return stats_pass(_make_head(shard, *head), valid, active_rows, only_active)
+        *flat, shard = arguments
+        projection, rows, _ = ops.token_stats.bundle(flat)
+        return stats_pass(make_sharded_head(shard, projection), rows)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        *arguments, ctx.shard = inputs
-        ops.setup_context(ctx, arguments, output)
+        *flat, ctx.shard = inputs
+        ops.setup_context(ctx, flat, output)
 
     @staticmethod
     def backward(ctx, *doutputs):
-        def gradient(*arguments):
-            head, rows = ops.split_head(arguments)
-            return grad_pass(_make_head(ctx.shard, *head), len(head[1]), *rows)
+        def gradient(projection, *arguments):
+            return grad_pass(make_sharded_head(ctx.shard, projection), *arguments)
 
         return *ops.backward(ctx, *doutputs, gradient=gradient), None
 
 
 def token_stats(shard: Shard, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.token_stats_fwd` over ranks."""
-    return _TokenStats.apply(*arguments, shard)
+    """`ops.token_stats` over ranks."""
+    return _TokenStats.apply(*flatten(arguments), shard)
 
 
 @torch.no_grad()
-def policy(shard: Shard, *arguments) -> tuple[Tensor, ...]:
-    """`ops.policy` over ranks, with tokens and config as they are."""
-    *head_and_rows, tokens, config, needs = arguments
-    head, rows = ops.split_head(head_and_rows)
-    return policy_pass(_make_head(shard, *head), len(head[1]), *rows, tokens, config, needs)
-
-
-@torch.no_grad()
-def function(shard: Shard, *arguments) -> tuple[Tensor, ...]:
-    """`ops.function` over ranks."""
-    head, rows = ops.split_head(arguments)
-    return function_pass(_make_head(shard, *head), len(head[1]), *rows)
+def policy(shard: Shard, projection: Projection, *arguments) -> tuple[Tensor, ...]:
+    """`ops.policy` over ranks."""
+    return ops.policy_of(make_sharded_head(shard, projection), *arguments)
 
 
 def own_shard(

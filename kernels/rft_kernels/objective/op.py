@@ -66,9 +66,16 @@ def policy_objective(
     elif config.entropy_coef:
         raise ValueError("entropy must be given, as config.entropy_coef is not 0")
     tokens, cu_seqlens = check_tokens(
-        log_probs, old_log_probs, advantages, loss_mask, prefix_mask, cu_seqlens, rollout_log_probs,
-        ref_log_probs, config,
-    )  # fmt: skip
+        log_probs,
+        old_log_probs,
+        advantages,
+        loss_mask,
+        prefix_mask,
+        cu_seqlens,
+        rollout_log_probs,
+        ref_log_probs,
+        config,
+    )
     return reduce_loss(log_probs, entropy, tokens, config, cu_seqlens, normalizer, backend)
 
 
@@ -90,7 +97,9 @@ def reduce_loss(
     log_probs = log_probs.reshape(-1)
     inputs = [log_probs] if entropy is None else [log_probs, entropy.reshape(-1)]
     held = None if entropy is None else inputs[1].detach()
-    result = evaluate(log_probs.detach(), held, tokens, config, backend, cu_seqlens)
+    if config.importance_level == "token":
+        cu_seqlens = None
+    result = evaluate(log_probs.detach(), held, tokens, config.terms, backend, cu_seqlens)
     if gradient is None:
         derivatives = [x for x in (result.dlog_probs, result.dentropy) if x is not None]
         gradient = inputs[: len(derivatives)], derivatives

@@ -1,8 +1,9 @@
 """What the loss of a token is: the choices of E4 to E7."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from rft_kernels import _check
 
@@ -22,6 +23,17 @@ SUMS = (
     "kl_sum",
 )
 LOG_RATIO_BOUND = 20.0  # e^20 = 5e8: finite in every dtype's sums; beyond it a ratio has no slope
+
+
+class Terms(NamedTuple):
+    """The terms of a token's loss, as an op of torch can carry them."""
+
+    clip_range: Sequence[float]  # lowest and highest ratio; the same of prefix tokens
+    dual_clip: float | None
+    importance_cap: float | None
+    entropy_coef: float
+    kl: str  # "none" where it has no coefficient
+    kl_coef: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +71,17 @@ class PolicyConfig:
         return self.kl != "none" and self.kl_coef != 0
 
     @property
-    def ratio_bounds(self) -> list[float]:
-        """Lowest and highest ratio of ordinary tokens, then of prefix tokens."""
+    def terms(self) -> Terms:
         own = self.clip_low, self.clip_high
         other = {"same": own, "none": (inf, inf)}.get(self.prefix_clip, self.prefix_clip)
-        return [bound for low, high in (own, other) for bound in (1 - low, 1 + high)]
+        return Terms(
+            clip_range=[bound for low, high in (own, other) for bound in (1 - low, 1 + high)],
+            dual_clip=self.dual_clip,
+            importance_cap=self.importance_cap,
+            entropy_coef=self.entropy_coef,
+            kl=self.kl if self.uses_kl else "none",
+            kl_coef=self.kl_coef,
+        )
 
     @property
     def depends_on_row_alone(self) -> bool:

@@ -6,14 +6,13 @@ token each, 1 a mask. Ratios of sequences: a program a sequence, the inputs read
 are formed of the programs' partial sums in a fixed order: no atomics.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .policy_config import LOG_RATIO_BOUND, SUMS
+from .policy_config import LOG_RATIO_BOUND, SUMS, Terms
+from .tokens import Tokens
 
 TILE = 512  # tokens a program looks at together
 
@@ -307,19 +306,9 @@ def pointer(x: Tensor | None) -> Tensor | None:
 def objective_fwd(
     log_probs: Tensor,  # [T], float32 or narrower
     entropy: Tensor | None,  # [T]
-    advantages: Tensor,  # [T]
-    loss_mask: Tensor,  # [T]
-    old_log_probs: Tensor | None,  # [T]
-    prefix_mask: Tensor | None,  # [T]
-    rollout_log_probs: Tensor | None,  # [T]
-    ref_log_probs: Tensor | None,  # [T]
+    tokens: Tokens,
+    terms: Terms,
     cu_seqlens: Tensor | None,  # [B + 1]; given: one ratio a sequence
-    clip_range: Sequence[float],  # lowest and highest ratio; the same of prefix tokens
-    dual_clip: float | None,
-    importance_cap: float | None,
-    entropy_coef: float,
-    kl: str,
-    kl_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """SUMS [M], and the derivatives of their first by `log_probs` and (if any) by `entropy`."""
     num_tokens = len(log_probs)
@@ -328,18 +317,18 @@ def objective_fwd(
     partial = log_probs.new_empty(len(SUMS), num_programs, dtype=torch.float32)
     sums = partial.new_empty(len(SUMS))
     dlog_probs = torch.empty_like(log_probs, memory_format=torch.contiguous_format)
-    dentropy = dlog_probs.new_empty(num_tokens if entropy_coef else 0)
-    low, high, prefix_low, prefix_high = clip_range
+    dentropy = dlog_probs.new_empty(num_tokens if terms.entropy_coef else 0)
+    low, high, prefix_low, prefix_high = terms.clip_range
 
     with torch.cuda.device_of(log_probs):
         _objective_kernel[(num_programs,)](
             log_probs_ptr=pointer(log_probs),
-            old_ptr=pointer(old_log_probs),
-            advantages_ptr=pointer(advantages),
-            mask_ptr=pointer(loss_mask),
-            prefix_ptr=pointer(prefix_mask),
-            rollout_ptr=pointer(rollout_log_probs),
-            ref_ptr=pointer(ref_log_probs),
+            old_ptr=pointer(tokens.old_log_probs),
+            advantages_ptr=pointer(tokens.advantages),
+            mask_ptr=pointer(tokens.loss_mask),
+            prefix_ptr=pointer(tokens.prefix_mask),
+            rollout_ptr=pointer(tokens.rollout_log_probs),
+            ref_ptr=pointer(tokens.ref_log_probs),
             entropy_ptr=pointer(entropy),
             cu_seqlens_ptr=pointer(cu_seqlens),
             dlog_probs_ptr=dlog_probs,
@@ -349,18 +338,18 @@ def objective_fwd(
             high=high,
             prefix_low=prefix_low,
             prefix_high=prefix_high,
-            dual_clip=0.0 if dual_clip is None else dual_clip,
-            cap=0.0 if importance_cap is None else importance_cap,
-            entropy_coef=entropy_coef,
-            kl_coef=kl_coef,
+            dual_clip=0.0 if terms.dual_clip is None else terms.dual_clip,
+            cap=0.0 if terms.importance_cap is None else terms.importance_cap,
+            entropy_coef=terms.entropy_coef,
+            kl_coef=terms.kl_coef,
             num_tokens=num_tokens,
-            HAS_OLD=old_log_probs is not None,
-            HAS_PREFIX=prefix_mask is not None,
+            HAS_OLD=tokens.old_log_probs is not None,
+            HAS_PREFIX=tokens.prefix_mask is not None,
             HAS_ENTROPY=entropy is not None,
-            HAS_BONUS=entropy is not None and entropy_coef != 0,
-            HAS_DUAL=dual_clip is not None,
-            HAS_CAP=importance_cap is not None,
-            KL=kl,
+            HAS_BONUS=entropy is not None and terms.entropy_coef != 0,
+            HAS_DUAL=terms.dual_clip is not None,
+            HAS_CAP=terms.importance_cap is not None,
+            KL=terms.kl,
             SEQUENCE=by_sequence,
             TILE=TILE,
             num_warps=4,

@@ -38,6 +38,7 @@ def _load(ptr, col, stride, num_classes, WHOLE: tl.constexpr):
 @triton.jit
 def _store(ptr, col, stride, num_classes, x, WHOLE: tl.constexpr):
     ptr += col.to(tl.int64) * stride
+    x = x.to(ptr.dtype.element_ty)
     if WHOLE:
         tl.store(ptr, x)
     else:
@@ -54,6 +55,17 @@ def _grad(x, col, target, g, base, slope, maximum, scale, SOFTCAP: tl.constexpr)
     if SOFTCAP is not None:
         dx *= cap_slope
     return dx
+
+
+@triton.jit
+def _take(m, s, w, x, col, num_classes, scale, WHOLE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """`take_tile` of logits as they were loaded."""
+    x = x.to(m.dtype)
+    if SOFTCAP is not None:
+        x, _ = soft_cap(x, SOFTCAP)
+        if not WHOLE:
+            x = tl.where(col < num_classes, x, -float("inf"))
+    return take_tile(m, s, w, x, scale)
 
 
 @triton.jit
@@ -87,17 +99,12 @@ def _row_stats_kernel(
         m, s, w = start_lanes(LANES, dtype)
         for start in tl.range(0, whole, DEPTH * LANES, num_stages=NUM_STAGES):
             col = _tile(start, DEPTH, LANES)
-            x = _load(logits_ptr, col, logits_col_stride, num_classes, True).to(dtype)
-            if SOFTCAP is not None:
-                x, _ = soft_cap(x, SOFTCAP)
-            m, s, w = take_tile(m, s, w, x, scale)
+            x = _load(logits_ptr, col, logits_col_stride, num_classes, True)
+            m, s, w = _take(m, s, w, x, col, num_classes, scale, True, SOFTCAP)
         if whole < num_classes:
             col = _tile(whole, DEPTH, LANES)
-            x = _load(logits_ptr, col, logits_col_stride, num_classes, False).to(dtype)
-            if SOFTCAP is not None:
-                x, _ = soft_cap(x, SOFTCAP)
-                x = tl.where(col < num_classes, x, -float("inf"))
-            m, s, w = take_tile(m, s, w, x, scale)
+            x = _load(logits_ptr, col, logits_col_stride, num_classes, False)
+            m, s, w = _take(m, s, w, x, col, num_classes, scale, False, SOFTCAP)
         maximum, total, weighted = join_lanes(m, s, w, scale)
         log_total = tl.log(total)
 
@@ -171,13 +178,11 @@ def _row_grad_kernel(
             col = _tile(start, DEPTH, LANES)
             x = _load(logits_ptr, col, logits_col_stride, num_classes, True).to(dtype)
             dx = _grad(x, col, target, g, base, slope, maximum, scale, SOFTCAP)
-            dx = dx.to(dlogits_ptr.dtype.element_ty)
             _store(dlogits_ptr, col, dlogits_col_stride, num_classes, dx, True)
         if whole < num_classes:
             col = _tile(whole, DEPTH, LANES)
             x = _load(logits_ptr, col, logits_col_stride, num_classes, False).to(dtype)
             dx = _grad(x, col, target, g, base, slope, maximum, scale, SOFTCAP)
-            dx = dx.to(dlogits_ptr.dtype.element_ty)
             _store(dlogits_ptr, col, dlogits_col_stride, num_classes, dx, False)
     else:
         zeros = tl.zeros([DEPTH, LANES], dlogits_ptr.dtype.element_ty)
