@@ -9,7 +9,7 @@ the head are the same for all heads:
 
     eager    logits of the rows in the loss, log_softmax in float32
     TRL      the chunked head of TRL's trainers, then the objective in eager code
-    ours     `Policy.policy_loss`
+    ours     `Policy.loss`
 
 Heads take turns, at a learning rate of 0, so that every step does the same work; nothing is timed
 unless their gradient norms agree.
@@ -95,7 +95,7 @@ def make_batch(policy: Policy, *, num_rows: int, num_prompt: int, num_response: 
             status="wrong",
         )
         advantage = 1.0 if i % 2 == 0 else -0.5
-        rows.append(TrainRow(rollout=rollout, advantage=advantage, prefix_advantage=advantage))
+        rows.append(TrainRow.of_rollout(rollout, advantage=advantage, prefix_advantage=advantage))
     batch = pack(rows, device=policy.device, dtype=policy.stats_dtype)
     place = torch.arange(len(batch.targets), device=policy.device)
     selected = batch.prefix_mask & (place % 5 == 0)
@@ -106,7 +106,7 @@ def make_batch(policy: Policy, *, num_rows: int, num_prompt: int, num_response: 
 
 
 def ours(policy: Policy, batch: TrainBatch, normalizer: int) -> Tensor:
-    return policy.policy_loss(batch, normalizer=normalizer, config=PolicyConfig()).loss
+    return policy.loss(batch, normalizer=normalizer, loss=PolicyConfig()).loss
 
 
 def of_active_rows(

@@ -1,4 +1,4 @@
-"""The command `prefix-rft`; heavy modules are imported by the command that needs them."""
+"""The command `prefix-rft`. Each subcommand imports the heavy modules it needs when it runs."""
 
 import json
 import os
@@ -13,22 +13,22 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from prefix_rft.checks import UserError
-from prefix_rft.config import CONFIG_FILE, MODEL_FOLDER, Config, is_run_folder, load_config
+from prefix_rft.config import CONFIG_FILE, Config, is_run_folder, load_config, model_at
 
 Overrides = Annotated[Config, arg(name="")]
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]
-# What a command takes before its options.
+# The argument that a command takes before its options.
 _FIRST = {"train": "config", "eval": "model", "serve": "config", "doctor": "config"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a model; every field of the configuration can be set after its name."""
+    """Train a model; options after CONFIG override its fields."""
 
     config: Annotated[Positional[str], arg(metavar="CONFIG")]
-    """The name of a shipped configuration, or a TOML file; comes before all options."""
+    """Name of a shipped configuration, or a TOML file; comes before all options."""
     resume: bool = False
-    """Continue from the newest checkpoint of the run folder, if there is one."""
+    """Continue from the newest checkpoint in the run folder, if it has one."""
     overrides: Overrides
 
     def run(self) -> int:
@@ -37,8 +37,8 @@ class Train:
         run_dir = self.overrides.run_dir
         if not self.resume and list_checkpoints(run_dir):
             raise UserError(
-                f"{run_dir} already holds checkpoints: continue that run with --resume, "
-                "or give another --name or --output-dir"
+                f"{run_dir} already contains checkpoints: continue that run with --resume, "
+                "or choose another --name or --output-dir"
             )
         try:
             summary = train(self.overrides, resume=self.resume)
@@ -54,24 +54,16 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Measure a model on held-out problems."""
+    """Evaluate a model on the held-out problems."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """A run folder (its configuration, its final model), or a model folder or hub id."""
+    """A run folder (its configuration and final model are used), a model folder or a hub id."""
     overrides: Overrides
 
     def run(self) -> int:
         from prefix_rft.train import evaluate_model
 
-        path = self.model
-        if is_run_folder(path):
-            path = str(Path(path) / MODEL_FOLDER)
-            if not Path(path).is_dir():
-                raise UserError(
-                    f"{self.model} has no final model yet: write one of its checkpoints with "
-                    "prefix-rft export, and evaluate that folder"
-                )
-        results = evaluate_model(self.overrides, path)
+        results = evaluate_model(self.overrides, model_at(self.model))
         if _is_main_rank():
             print(json.dumps(results, indent=2))
         return 0
@@ -79,32 +71,33 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """Generate with vLLM for a trainer whose rollout.engine is vllm_server."""
+    """Run the vLLM server for a trainer whose rollout.engine is vllm_server."""
 
     config: Annotated[Positional[str], arg(metavar="CONFIG")]
-    """The configuration of the trainer; comes before all options."""
+    """The trainer's configuration; comes before all options."""
     host: str = "127.0.0.1"
-    """The address to listen at. Who can reach it can replace the weights: no public one."""
+    """Address to listen on. Anyone who can reach it can replace the weights: keep it private."""
     port: int = 8000
+    """Port to listen on."""
     overrides: Overrides
 
     def run(self) -> int:
-        from prefix_rft.rollout.serve import serve
+        from prefix_rft.rollout import serve_vllm
 
-        serve(self.overrides, host=self.host, port=self.port)
+        serve_vllm(self.overrides, host=self.host, port=self.port)
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write the model of a checkpoint as a Hugging Face folder."""
+    """Write the model of a checkpoint in Hugging Face format."""
 
     run_dir: RunFolder
     """The folder of a run."""
     out: Annotated[Positional[Path], arg(metavar="OUT")]
     """The folder to write."""
     step: int | None = None
-    """Steps done at the checkpoint; None: the newest."""
+    """Number of steps done at the checkpoint; None: the newest checkpoint."""
 
     def run(self) -> int:
         from prefix_rft.train import export_checkpoint
@@ -116,7 +109,7 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write report.html of a run, finished or not: curves and rollouts on one page."""
+    """Write report.html for a run, finished or not: curves and rollouts on one page."""
 
     run_dir: RunFolder
     """The folder of a run."""
@@ -130,14 +123,14 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Tell what is installed, what will be used, and the memory a configuration needs."""
+    """Show what is installed, what a run will use, and how much memory it needs."""
 
     config: Annotated[Positional[str | None], arg(metavar="CONFIG")] = None
-    """The name of a shipped configuration, or a TOML file; comes before all options."""
+    """Name of a shipped configuration, or a TOML file; comes before all options."""
     num_processes: int = 1
-    """Processes that torchrun will start, on all machines together; memory is told of one."""
+    """Processes that torchrun will start on all machines together; the plan is for one of them."""
     device_gib: float | None = None
-    """Plan for a CUDA device of that much memory; None: for the device that is here."""
+    """Plan for a CUDA device with this much memory; None: for the device of this machine."""
     overrides: Overrides
 
     def run(self) -> int:
@@ -146,7 +139,7 @@ class Doctor:
         for option in ("num_processes", "device_gib"):
             value = getattr(self, option)
             if value is not None and value <= 0:
-                raise UserError(f"{option.replace('_', '-')}: expected above 0, got {value}")
+                raise UserError(f"--{option.replace('_', '-')}: expected above 0, got {value}")
         print_diagnosis(self.overrides)
         if self.config is None:
             return 0
@@ -158,10 +151,10 @@ Command = Train | Eval | Serve | Export | Report | Doctor
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """The command of `argv`; exits with status 2 on an unknown option, naming the nearest one.
+    """The command in `argv`; exits with status 2 on an unknown option, naming the nearest one.
 
     Raises:
-        UserError: the configuration cannot be loaded or does not come first.
+        UserError: the configuration cannot be loaded, or does not come first.
     """
     first = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None
     name = argv[0] if argv else None
@@ -183,20 +176,20 @@ def parse(argv: Sequence[str]) -> Command:
         description="Reinforcement fine-tuning with prefixes of demonstrations.",
         args=argv,
     )
-    # The values of a configuration are the defaults of the options, so it is needed before them.
+    # The configuration sets the defaults of the options, so it must be known before they are read.
     if given is not None and getattr(command, given) != first:
         raise UserError(f"{given}: expected right after {name!r}, before all options")
     return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0: done, 2: something to put right, 130: interrupted."""
-    # Threads that spin while they wait take the processor from those they wait for.
+    """Run one command; returns 0: done, 2: an error the user can fix, 130: interrupted."""
+    # Threads that spin while waiting slow down the threads they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     status = _run(sys.argv[1:] if argv is None else argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # All is written. A torn down interpreter can abort on a thread of the process group, and
-        # the launcher would call a good run failed.
+        # Interpreter shutdown can abort on a thread of the process group, and the launcher would
+        # report a successful run as failed.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -228,7 +221,7 @@ def _print_results(summary: dict) -> None:
 
 
 def _is_main_rank() -> bool:
-    """Of the processes that torchrun started one speaks for all."""
+    """Whether this process prints, of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 

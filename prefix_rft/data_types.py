@@ -1,6 +1,6 @@
 """What flows through one training step, in order.
 
-Problem -> RolloutRequest -> Completion -> Rollout -> Group -> TrainRow -> TrainBatch -> Update.
+Problem -> RolloutRequest -> Completion -> Rollout -> Group -> MiniBatch -> TrainBatch -> Update.
 
 Token ids are plain tuples until `TrainBatch`, the first thing that lives in tensors.
 Shape letters: T tokens of all rows laid end to end, B rows.
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 RewardStatus = Literal["correct", "wrong", "no_answer", "timeout", "error"]
+Source = Literal["policy", "demonstration"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One row of a dataset, tokenised.
 
-    Without a demonstration (`demonstration_ids` empty) every rollout of the problem is ordinary.
+    Without a demonstration (`demonstration_ids` empty) every rollout of the problem is on-policy.
     """
 
     index: int  # row in the source dataset
@@ -41,7 +42,7 @@ class RolloutRequest:
 
     prompt_ids: tuple[int, ...]
     prefix_ids: tuple[int, ...] = ()  # forced start of the response
-    max_new_tokens: int  # budget of the continuation
+    max_new_tokens: int  # budget of the continuation; 0: graded as it is, nothing is generated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,8 @@ class Completion:
     """What an engine returns for one request, a sampled end-of-sequence token included."""
 
     token_ids: tuple[int, ...]  # the continuation only
-    log_probs: tuple[
-        float, ...
-    ]  # of softmax(logits / temperature), one per token of the continuation
+    # One per token, of softmax(logits / temperature).
+    log_probs: tuple[float, ...]
     finish_reason: FinishReason
 
 
@@ -82,12 +82,56 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRow:
-    """A rollout with its advantages, on prefix and continuation apart."""
+class Segment:
+    """Neighbouring tokens of a response that come from one source and are weighed alike."""
 
-    rollout: Rollout
-    advantage: float
-    prefix_advantage: float
+    token_ids: tuple[int, ...]
+    source: Source
+    advantage: float = 0.0
+    weight: float = 1.0  # for the losses that take one
+    rollout_log_probs: tuple[float, ...] = ()  # by the engine, of tokens that the policy sampled
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRow:
+    """A prompt and a response to learn from."""
+
+    prompt_ids: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    origin: Rollout | Problem  # a problem where the response is its demonstration
+
+    @classmethod
+    def of_rollout(
+        cls, rollout: Rollout, *, advantage: float, prefix_advantage: float
+    ) -> TrainRow:
+        """A rollout with its advantages, on prefix and continuation apart."""
+        length = rollout.prefix_length
+        prefix = Segment(
+            token_ids=rollout.response_ids[:length],
+            source="demonstration",
+            advantage=prefix_advantage,
+        )
+        continuation = Segment(
+            token_ids=rollout.response_ids[length:],
+            source="policy",
+            advantage=advantage,
+            rollout_log_probs=rollout.rollout_log_probs,
+        )
+        segments = (prefix, continuation)
+        return cls(prompt_ids=rollout.prompt_ids, segments=segments, origin=rollout)
+
+    @property
+    def response_ids(self) -> tuple[int, ...]:
+        return tuple(token for segment in self.segments for token in segment.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniBatch:
+    """What one optimizer update learns from."""
+
+    rows: list[TrainRow]  # those with a gradient
+    normalizer: float  # the sum of the tokens' losses is divided by it
+    optimizer: str = "policy"  # name of the optimizer that takes the step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,22 +146,22 @@ class TrainBatch:
     targets: torch.Tensor  # [T] int64, the next token; -100 where it is no response token
     cu_seqlens: torch.Tensor  # [B + 1] int32, row b is [cu_seqlens[b], cu_seqlens[b + 1])
     lengths: tuple[int, ...]  # B row lengths, on the host
-    response_mask: torch.Tensor  # [T] bool, the target is a response token (prefix or continuation)
-    prefix_mask: torch.Tensor  # [T] bool, the target is a prefix token
+    response_mask: torch.Tensor  # [T] bool, the target is a token of the response
+    prefix_mask: torch.Tensor  # [T] bool, the target is from a demonstration
     advantages: torch.Tensor  # [T] float
-    rollout_log_probs: torch.Tensor  # [T] float, 0 on prefix tokens
+    weights: torch.Tensor  # [T] float
+    rollout_log_probs: torch.Tensor  # [T] float, 0 on tokens from a demonstration
     old_log_probs: torch.Tensor | None = None  # [T] float; None: on-policy, the ratio is 1
-    selected_mask: torch.Tensor | None = None  # [T] bool, prefix tokens that get gradient
+    # [T] bool, the tokens of demonstrations that get gradient; None: all of them
+    selected_mask: torch.Tensor | None = None
     active_rows: torch.Tensor | None = None  # [N] int64, positions outside which there is none
 
-
-@dataclass(frozen=True, kw_only=True)
-class MiniBatch:
-    """What one optimizer update learns from."""
-
-    rows: list[TrainRow]  # rollouts with a gradient
-    batch: TrainBatch  # `rows` in tensors, in the same order
-    num_rollouts: int  # all rollouts, also those left out: the normaliser counts them
+    @property
+    def loss_mask(self) -> torch.Tensor:
+        """[T] bool, the tokens that have a loss."""
+        if self.selected_mask is None:
+            return self.response_mask
+        return self.response_mask & (~self.prefix_mask | self.selected_mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +171,7 @@ class Update:
     rows: list[TrainRow]
     batch: TrainBatch  # with the selection
     log_probs: torch.Tensor  # [T], before the update; 0 where a token had no gradient
-    entropy: torch.Tensor  # [T] nats, likewise, but known on every prefix token
+    entropy: torch.Tensor  # [T] nats, likewise, but known too where the method asked beforehand
     loss: torch.Tensor  # scalar
     sums: dict[str, torch.Tensor]  # the loss's metrics
     grad_norm: float  # before clipping; not finite: the update was skipped

@@ -50,12 +50,12 @@ def calls(monkeypatch) -> list:
 
 
 def test_options_override_the_file_and_both_spellings_count(toml, calls):
-    arguments = "--trainer.num_steps 20 --prefix.schedule uniform --loss.prefix-clip 0.1 0.3"
+    arguments = "--trainer.num_steps 20 --prefix_rft.schedule uniform --loss.prefix-clip 0.1 0.3"
     assert cli.main(["train", toml, *arguments.split(), "--log.no-tensorboard"]) == 0
     [(config, resume)] = calls
     assert config.name == "mine" and not resume
     assert config.trainer.num_steps == 20
-    assert config.prefix.schedule == "uniform"
+    assert config.prefix_rft.schedule == "uniform"
     assert config.loss.prefix_clip == (0.1, 0.3)
     assert not config.log.tensorboard
     cli.main(["train", toml, "--trainer.num-steps", "21", "--resume"])
@@ -103,9 +103,11 @@ def test_an_option_of_the_wrong_type_names_it(toml, calls, capsys):
 
 def test_an_unknown_key_in_the_file_is_one_line(tmp_path, calls, capsys):
     path = tmp_path / "bad.toml"
-    path.write_text("[prefix]\nshedule = 'uniform'\n")
+    path.write_text("[prefix_rft]\nshedule = 'uniform'\n")
     assert cli.main(["train", str(path)]) == 2
-    expected = f"error: {path}: unknown key 'prefix.shedule'; did you mean 'prefix.schedule'?\n"
+    expected = (
+        f"error: {path}: unknown key 'prefix_rft.shedule'; did you mean 'prefix_rft.schedule'?\n"
+    )
     assert capsys.readouterr().err == expected and not calls
 
 
@@ -120,7 +122,7 @@ def test_a_run_folder_with_checkpoints_needs_resume(toml, calls, capsys, tmp_pat
     run_dir = tmp_path / "run"
     (run_dir / "checkpoints" / "step-000005").mkdir(parents=True)
     assert cli.main(["train", toml, "--output-dir", str(run_dir)]) == 2
-    assert "already holds checkpoints" in capsys.readouterr().err and not calls
+    assert "already contains checkpoints" in capsys.readouterr().err and not calls
     assert cli.main(["train", toml, "--output-dir", str(run_dir), "--resume"]) == 0
     assert calls[0][1] is True
 

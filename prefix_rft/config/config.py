@@ -2,12 +2,13 @@
 
 import dataclasses
 import difflib
+import functools
 import tomllib
 from collections.abc import Iterable
 from dataclasses import field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tomli_w
 from pydantic import Field
@@ -18,11 +19,9 @@ from prefix_rft.config.sections import (
     DataConfig,
     EvalConfig,
     LogConfig,
-    LossConfig,
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
-    PrefixConfig,
     RewardConfig,
     RolloutConfig,
     ShardingConfig,
@@ -30,27 +29,45 @@ from prefix_rft.config.sections import (
     TrainerConfig,
     VLLMConfig,
 )
+from prefix_rft.methods import METHODS, LossConfig, Method, find_method
+
+_Config = TypeVar("_Config")
 
 
+def _with_method_sections(config: type[_Config]) -> type[_Config]:
+    """A subclass with a field for each registered method's section that is not there yet."""
+    known = {field.name: field.type for field in dataclasses.fields(config)}
+    sections = {method.name: method.section for method in METHODS.values() if method.section}
+    added = {name: made for name, made in sections.items() if known.get(name) is not made}
+    for name in added:
+        require(name not in known, "method.name", "a name that is no section's yet", name)
+    if not added:
+        return config
+    body = {name: field(default_factory=section) for name, section in added.items()}
+    body |= {"__annotations__": added, "__doc__": config.__doc__, "__module__": config.__module__}
+    return config_section()(type(config.__name__, (config,), body))
+
+
+@_with_method_sections
 @config_section()
 class Config:
-    """Everything that decides a run."""
+    """Everything that decides a run: these sections, and those of the methods."""
 
-    # names the run folder
+    # name of the run and its folder
     name: Annotated[
         str,
         Field(pattern=r"^[\w.-]*\w$", description="letters, digits, '_', '-' and '.'"),
     ] = "run"
-    output_dir: str | None = None  # the run folder; None: runs/<name>
-    # seed of all that is random
+    output_dir: str | None = None  # run folder; None: runs/<name>
+    # seed of everything random
     seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number in [0, 2**32)")] = 0
+
     data: DataConfig = field(default_factory=DataConfig)
     testbed: TestbedConfig = field(default_factory=TestbedConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
-    prefix: PrefixConfig = field(default_factory=PrefixConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -61,17 +78,11 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        require(
-            self.prefix.num_hybrid < self.rollout.group_size,
-            "prefix.num_hybrid",
-            f"below rollout.group_size ({self.rollout.group_size})",
-            self.prefix.num_hybrid,
-        )
-        require(
-            self.prefix.min_prefix_tokens < self.rollout.max_response_length,
-            "prefix.min_prefix_tokens",
-            f"below rollout.max_response_length ({self.rollout.max_response_length})",
-            self.prefix.min_prefix_tokens,
+        method = find_method(self.method.name)
+        method.check(
+            self.section(method),
+            group_size=self.rollout.group_size,
+            max_response_length=self.rollout.max_response_length,
         )
         longest = self.data.max_prompt_tokens + self.rollout.max_response_length
         positions = self.model.max_position_embeddings
@@ -86,6 +97,20 @@ class Config:
     def run_dir(self) -> Path:
         return Path(self.output_dir or f"runs/{self.name}")
 
+    def section(self, method: type[Method]) -> Any:
+        """The section of `method`; None where it has none."""
+        return getattr(self, method.name) if method.section else None
+
+
+@functools.cache
+def _config_type(methods: tuple[type[Method], ...]) -> type[Config]:
+    return _with_method_sections(Config)
+
+
+def config_type() -> type[Config]:
+    """`Config` with the sections of all methods registered by now, one's own included."""
+    return _config_type(tuple(METHODS.values()))
+
 
 def config_from_dict(values: dict[str, Any]) -> Config:
     """The configuration of a nested dict as TOML gives it; an absent field keeps its default.
@@ -94,7 +119,11 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         ConfigError: an unknown key (the nearest known one is named), a value of the wrong type, or
             a value that a section refuses.
     """
-    fields = dataclasses.fields(Config)
+    match values:
+        case {"method": {"name": str(name)}}:
+            find_method(name)  # registers a method of one's own, and with it its section
+    config = config_type()
+    fields = dataclasses.fields(config)
     sections = {field.name: field.type for field in fields if dataclasses.is_dataclass(field.type)}
     tables = {name: values[name] for name in sections if isinstance(values.get(name), dict)}
     known = [field.name for field in fields]
@@ -103,7 +132,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     for key in (*values, *(f"{name}.{key}" for name, table in tables.items() for key in table)):
         if key not in known:
             raise ConfigError(f"unknown key {key!r}; did you mean {_nearest(key, known)!r}?")
-    return Config(**values | {name: sections[name](**table) for name, table in tables.items()})
+    return config(**values | {name: sections[name](**table) for name, table in tables.items()})
 
 
 def load_config(name_or_path: str | Path) -> Config:
@@ -132,8 +161,14 @@ def load_config(name_or_path: str | Path) -> Config:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write every field that is not None; `load_config` of the file equals `config`."""
-    text = tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+    """Write every field that is not None; `load_config` of the file equals `config`.
+
+    Of one's own methods only the chosen one is written: its name is what finds its section again.
+    """
+    kept = {field.name for field in dataclasses.fields(Config)}
+    kept.add(find_method(config.method.name).name)
+    values = {name: v for name, v in dataclasses.asdict(config).items() if name in kept}
+    text = tomli_w.dumps(_without_none(values))
     Path(path).write_text(text, encoding="utf-8")
 
 

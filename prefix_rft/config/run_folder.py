@@ -2,9 +2,28 @@
 
 from pathlib import Path
 
+from prefix_rft.checks import ConfigError
+
 CONFIG_FILE = "config.toml"
 SUMMARY_FILE = "summary.json"  # results of the base and of the trained model
 MODEL_FOLDER = "model"  # the trained model in Hugging Face format, written at the end
+
+
+def model_at(path: str) -> str:
+    """The model folder or hub id that `path` stands for: a run folder stands for its final model.
+
+    Raises:
+        ConfigError: the run has none yet.
+    """
+    if not is_run_folder(path):
+        return path
+    folder = Path(path) / MODEL_FOLDER
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{path} has no final model yet: write one of its checkpoints with prefix-rft export, "
+            "and give that folder"
+        )
+    return str(folder)
 
 
 def is_run_folder(path: str | Path) -> bool:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import BaseConfig, Config
+from prefix_rft.config import BaseConfig, Config, model_at
 from prefix_rft.data.columns import find_map
 from prefix_rft.data.problems import load_problems
 from prefix_rft.data.sources import load_rows
@@ -55,7 +55,7 @@ def resolve_base(config: Config) -> Path | str:
         UserError: rows that cannot be loaded, or none that can be learnt from.
     """
     if config.model.path is not None:
-        return config.model.path
+        return model_at(config.model.path)
     base, data = config.base, config.data
     if data.path == "testbed":
         _, held_out = make_rows(config.testbed, data.num_eval, config.seed)

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import Config
+from prefix_rft.config import Config, model_at
 from prefix_rft.doctor.architectures import SIZES
 from prefix_rft.model import resolve_autocast_dtype, resolve_weight_dtypes
 
@@ -156,8 +156,8 @@ def _layer(model: PreTrainedModel, name: str) -> str | None:
 
 def _model_config(config: Config) -> tuple[PreTrainedConfig, str]:
     """The configuration of the model, and where it was found."""
-    path, base = config.model.path, config.base
-    if path is None:
+    base = config.base
+    if config.model.path is None:
         sizes = Qwen2Config(
             vocab_size=base.vocab_size,
             hidden_size=base.hidden_size,
@@ -168,6 +168,7 @@ def _model_config(config: Config) -> tuple[PreTrainedConfig, str]:
             tie_word_embeddings=True,
         )
         return sizes, "section [base]"
+    path = model_at(config.model.path)
     if path in SIZES:
         try:
             return AutoConfig.from_pretrained(

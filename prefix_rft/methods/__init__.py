@@ -1,12 +1,27 @@
-"""One file per training method."""
+"""One small file a method; none knows the model, the engine or the rest of the configuration."""
 
-from prefix_rft.config import Config
-from prefix_rft.methods.prefix_rft import PrefixRFT
-from prefix_rft.methods.rft import RFT
+from prefix_rft.methods.clipped import LossConfig
+from prefix_rft.methods.method import Chart, Figure, Method, Setting, TokenLoss
+from prefix_rft.methods.registry import (
+    DEFAULT_METHOD,
+    METHODS,
+    declared_charts,
+    declared_progress,
+    find_method,
+    register,
+)
 
-METHODS = {"prefix_rft": PrefixRFT, "rft": RFT}
-
-
-def make_method(config: Config) -> RFT:
-    """The method named by `config.method.name`."""
-    return METHODS[config.method.name](config)
+__all__ = [
+    "DEFAULT_METHOD",
+    "METHODS",
+    "Chart",
+    "Figure",
+    "LossConfig",
+    "Method",
+    "Setting",
+    "TokenLoss",
+    "declared_charts",
+    "declared_progress",
+    "find_method",
+    "register",
+]

@@ -1,25 +1,74 @@
-"""How much of a demonstration a hybrid rollout starts from: schedules and the cut. Pure.
+"""How much of a demonstration a hybrid rollout starts from: its options, the schedules, the cut.
 
 Source: arXiv 2507.01679, section 3 (window with a cosine-decaying lower end).
 """
 
 import math
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
-from prefix_rft.config import PrefixConfig
+from pydantic import Field
+
+from prefix_rft.checks import config_section, require
+from prefix_rft.data_types import Problem, RolloutRequest
+
+Schedule = Literal["cosine_window", "cosine", "linear_window", "uniform", "constant"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
 
 
-def prefix_window(step: int, *, config: PrefixConfig, horizon_steps: int) -> tuple[float, float]:
+@config_section("prefix")
+class PrefixOptions:
+    """The fields that the sections of methods with hybrid rollouts begin with."""
+
+    num_hybrid: Annotated[int, Field(ge=0)] = 1  # rollouts of a group that start from a prefix
+    schedule: Schedule = "cosine_window"
+    low: Fraction = 0.05  # shortest and longest prefix, as fractions of the demonstration
+    high: Fraction = 0.95
+    horizon_steps: Positive | None = None  # steps of the decay; None: the run's own number
+    min_prefix_tokens: Positive = 1
+
+    def __post_init__(self) -> None:
+        require(self.low <= self.high, f"{self.key}.low", f"at most high ({self.high})", self.low)
+
+    def window(self, step: int, num_steps: int) -> tuple[float, float]:
+        """The interval of prefix ratios at `step` of a run of `num_steps`."""
+        horizon_steps = self.horizon_steps or num_steps
+        return prefix_window(
+            step,
+            schedule=self.schedule,
+            low=self.low,
+            high=self.high,
+            horizon_steps=horizon_steps,
+        )
+
+    def request(self, problem: Problem, ratio: float, max_response_length: int) -> RolloutRequest:
+        """A rollout that starts from that fraction of the problem's demonstration."""
+        prefix_ids = cut_prefix(
+            problem.demonstration_ids,
+            ratio,
+            min_tokens=self.min_prefix_tokens,
+            max_response_length=max_response_length,
+        )
+        return RolloutRequest(
+            prompt_ids=problem.prompt_ids,
+            prefix_ids=prefix_ids,
+            max_new_tokens=max_response_length - len(prefix_ids),
+        )
+
+
+def prefix_window(
+    step: int, *, schedule: Schedule, low: float, high: float, horizon_steps: int
+) -> tuple[float, float]:
     """The interval from which the prefix ratio of `step` (counted from 0) is drawn.
 
-    `cosine_window` and `linear_window` let the lower end fall from `config.high` to `config.low`
-    over `horizon_steps` and keep the upper end; `cosine` moves both ends together; `uniform` is
+    `cosine_window` and `linear_window` let the lower end fall from `high` to `low` over
+    `horizon_steps` and keep the upper end; `cosine` moves both ends together; `uniform` is
     [low, high] throughout; `constant` is always `high`.
     """
-    low, high = config.low, config.high
     progress = min(step / horizon_steps, 1.0)
     cosine = low + 0.5 * (high - low) * (1 + math.cos(math.pi * progress))
-    match config.schedule:
+    match schedule:
         case "cosine_window":
             return cosine, high
         case "linear_window":

@@ -1,65 +1,89 @@
 """Prefix-RFT: some rollouts of a group start inside the demonstration (arXiv 2507.01679)."""
 
-from fractions import Fraction
+from __future__ import annotations
+
+import fractions
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from rft_kernels import select_top_entropy
 
-from prefix_rft.data_types import Problem, RolloutRequest, TrainBatch
-from prefix_rft.methods.prefix import cut_prefix, prefix_window
+from prefix_rft.checks import config_section, require
+from prefix_rft.data_types import Group, MiniBatch, Problem, RolloutRequest, TrainBatch
+from prefix_rft.methods.advantage import Advantage, group_advantages
+from prefix_rft.methods.prefix import Fraction, PrefixOptions
+from prefix_rft.methods.prefix_figures import CHARTS, PROGRESS, prefix_figures
 from prefix_rft.methods.rft import RFT
+
+if TYPE_CHECKING:
+    import torch
+
+
+@config_section("prefix_rft")
+class PrefixRFTConfig(PrefixOptions):
+    advantage: Literal["joint", "exclude_hybrid"] = "joint"  # whose mean is the baseline
+    drop_negative_prefix_advantage: bool = False
+    selection_fraction: Fraction = 0.2  # of the prefix tokens, that get gradient
+    selection_scope: Literal["minibatch", "sequence"] = "minibatch"
+    selection_order: Literal["high", "low", "random"] = "high"  # by entropy
 
 
 class PrefixRFT(RFT):
     """Dr. GRPO with hybrid rollouts; of their prefix tokens the most uncertain get gradient."""
 
-    def window(self, step: int) -> tuple[float, float]:
-        """The interval of prefix ratios at `step`."""
-        horizon = self.config.prefix.horizon_steps or self.config.trainer.num_steps
-        return prefix_window(step, config=self.config.prefix, horizon_steps=horizon)
+    name = "prefix_rft"
+    section = PrefixRFTConfig
+    charts, progress = CHARTS, PROGRESS
+    figures = staticmethod(prefix_figures)
+
+    @classmethod
+    def check(cls, config: PrefixRFTConfig, *, group_size: int, max_response_length: int) -> None:
+        for name, limit, bound in (
+            ("num_hybrid", "rollout.group_size", group_size),
+            ("min_prefix_tokens", "rollout.max_response_length", max_response_length),
+        ):
+            value = getattr(config, name)
+            require(value < bound, f"{cls.name}.{name}", f"below {limit} ({bound})", value)
 
     def schedule(self, step: int) -> dict[str, float]:
-        low, high = self.window(step)
+        low, high = self.config.window(step, self.setting.num_steps)
         return {"prefix/low": low, "prefix/high": high}
 
     def plan_group(self, problem: Problem, step: int) -> list[RolloutRequest]:
         requests = super().plan_group(problem, step)
         if not problem.demonstration_ids:
             return requests
-        rng = np.random.default_rng([self.config.seed, step, problem.index])
-        for k in range(self.config.prefix.num_hybrid):
-            requests[-1 - k] = self._hybrid(problem, rng.uniform(*self.window(step)))
+        rng = np.random.default_rng([self.setting.seed, step, problem.index])
+        window = self.config.window(step, self.setting.num_steps)
+        for k in range(self.config.num_hybrid):
+            requests[-1 - k] = self.config.request(
+                problem, rng.uniform(*window), self.setting.max_response_length
+            )
         return requests
 
-    def _hybrid(self, problem: Problem, ratio: float) -> RolloutRequest:
-        limit = self.config.rollout.max_response_length
-        prefix_ids = cut_prefix(
-            problem.demonstration_ids,
-            ratio,
-            min_tokens=self.config.prefix.min_prefix_tokens,
-            max_response_length=limit,
-        )
-        return RolloutRequest(
-            prompt_ids=problem.prompt_ids,
-            prefix_ids=prefix_ids,
-            max_new_tokens=limit - len(prefix_ids),
+    def advantages(self, group: Group) -> list[Advantage]:
+        return group_advantages(
+            [rollout.reward for rollout in group.rollouts],
+            [rollout.is_hybrid for rollout in group.rollouts],
+            baseline=self.config.advantage,
+            drop_negative_prefix=self.config.drop_negative_prefix_advantage,
         )
 
-    def select(self, entropy: torch.Tensor, batch: TrainBatch, seed: int) -> torch.Tensor:
-        """The `selection_fraction` of the prefix tokens with the highest entropy.
+    def stats_rows(self, mini_batch: MiniBatch) -> list[int]:
+        return [i for i, row in enumerate(mini_batch.rows) if row.origin.is_hybrid]
 
-        Args:
-            entropy: [T] nats, of the policy before the update.
-            batch: the whole mini-batch.
-            seed: of the order "random".
-        """
-        config = self.config.method
-        return select_top_entropy(
+    def prepare(
+        self, batch: TrainBatch, log_probs: torch.Tensor, entropy: torch.Tensor, step: int
+    ) -> TrainBatch:
+        """Keeps the `selection_fraction` of the prefix tokens."""
+        from rft_kernels import select_top_entropy
+
+        selected = select_top_entropy(
             entropy,
             batch.prefix_mask,
-            fraction=Fraction(str(config.selection_fraction)),
-            cu_seqlens=batch.cu_seqlens if config.selection_scope == "sequence" else None,
-            order=config.selection_order,
-            seed=seed,
+            fraction=fractions.Fraction(str(self.config.selection_fraction)),
+            cu_seqlens=batch.cu_seqlens if self.config.selection_scope == "sequence" else None,
+            order=self.config.selection_order,
+            seed=step,
         )
+        return replace(batch, selected_mask=selected)

@@ -1,53 +1,57 @@
-"""RFT: Dr. GRPO on ordinary rollouts (arXiv 2503.20783)."""
+"""RFT: Dr. GRPO on on-policy rollouts (arXiv 2503.20783)."""
 
-from dataclasses import asdict, dataclass
+from __future__ import annotations
 
-import torch
-from rft_kernels import PolicyConfig, PolicyLoss
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from prefix_rft.config import Config
-from prefix_rft.data_types import Group, Problem, RolloutRequest, TrainBatch, TrainRow
-from prefix_rft.methods.advantage import group_advantages
-from prefix_rft.model import Policy
+from prefix_rft.data_types import Group, MiniBatch, Problem, RolloutRequest, TrainRow
+from prefix_rft.methods.advantage import Advantage, group_advantages
+from prefix_rft.methods.method import Method
+
+if TYPE_CHECKING:
+    from rft_kernels import PolicyConfig
 
 
-@dataclass(frozen=True)
-class RFT:
-    """What a method decides: requests, advantages, which prefix tokens count, the loss."""
+class RFT(Method):
+    """A group of rollouts of one prompt; each is better or worse than their mean."""
 
-    config: Config
-
-    def schedule(self, step: int) -> dict[str, float]:
-        """What changes with the step, as metrics."""
-        return {}
+    name = "rft"
 
     def plan_group(self, problem: Problem, step: int) -> list[RolloutRequest]:
-        """The `group_size` rollouts asked for; a pure function of config, problem and step."""
-        budget = self.config.rollout.max_response_length
+        budget = self.setting.max_response_length
         request = RolloutRequest(prompt_ids=problem.prompt_ids, max_new_tokens=budget)
-        return [request] * self.config.rollout.group_size
+        return [request] * self.setting.group_size
 
-    def train_rows(self, group: Group) -> list[TrainRow]:
-        """The rollouts that have a gradient; those with zero advantage are left out."""
-        rollouts = group.rollouts
-        advantages = group_advantages(
-            [rollout.reward for rollout in rollouts],
-            [rollout.is_hybrid for rollout in rollouts],
-            baseline=self.config.method.advantage,
-            drop_negative_prefix=self.config.method.drop_negative_prefix_advantage,
-        )
+    def advantages(self, group: Group) -> list[Advantage]:
+        rewards = [rollout.reward for rollout in group.rollouts]
+        return group_advantages(rewards, [False] * len(rewards))
+
+    def mini_batches(self, groups: Sequence[Group], step: int) -> list[MiniBatch]:
+        """`prompts_per_update` groups each; one without any advantage is left out."""
+        size = self.setting.prompts_per_update
+        parts = [groups[start : start + size] for start in range(0, len(groups), size)]
+        mini_batches = [
+            MiniBatch(
+                rows=[row for group in part for row in self._rows(group)],
+                # Of all rollouts, also those without an advantage.
+                normalizer=sum(len(group.rollouts) for group in part)
+                * self.setting.max_response_length,
+            )
+            for part in parts
+        ]
+        return [mini_batch for mini_batch in mini_batches if mini_batch.rows]
+
+    def _rows(self, group: Group) -> list[TrainRow]:
         return [
-            TrainRow(rollout=rollout, advantage=a.continuation, prefix_advantage=a.prefix)
-            for rollout, a in zip(rollouts, advantages, strict=True)
-            if a.continuation or (a.prefix and rollout.is_hybrid)
+            TrainRow.of_rollout(
+                rollout,
+                advantage=advantage.continuation,
+                prefix_advantage=advantage.prefix,
+            )
+            for rollout, advantage in zip(group.rollouts, self.advantages(group), strict=True)
+            if advantage.continuation or (advantage.prefix and rollout.is_hybrid)
         ]
 
-    def select(self, entropy: torch.Tensor, batch: TrainBatch, seed: int) -> torch.Tensor:
-        """Prefix tokens that get gradient, [T] bool; here there is no prefix."""
-        return torch.zeros_like(batch.prefix_mask)
-
-    def loss(self, policy: Policy, batch: TrainBatch, normalizer: float) -> PolicyLoss:
-        """The clipped objective: sum over the batch's loss tokens / `normalizer`."""
-        return policy.policy_loss(
-            batch, normalizer=normalizer, config=PolicyConfig(**asdict(self.config.loss))
-        )
+    def loss(self, mini_batch: MiniBatch) -> PolicyConfig:
+        return self.setting.loss.policy_config()

@@ -2,15 +2,17 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from html import escape
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from prefix_rft.methods import Chart, declared_charts
 
 Record = Mapping[str, Any]
 
@@ -37,78 +39,39 @@ STYLE = {
     "axes.spines.left": False,
 }
 SMOOTHED_FROM = 30  # points; a curve that long is drawn faint under its running mean
-SMOOTHED_SHARE = 0.1  # of all points in one mean
+SMOOTHED_FRACTION = 0.1  # of all points in one mean
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """One small multiple: some metrics over the steps done."""
-
-    title: str
-    unit: str = ""
-    series: Mapping[str, str]  # metric -> legend
-    form: Literal["lines", "stack", "window"] = "lines"  # window: a band between the first two
-    limits: tuple[float | None, float | None] = (None, None)
-    kind: Literal["train", "eval"] = "train"
-
-
-SHARE = (0.0, 1.0)
+REWARD = Chart(title="Reward", series={"reward/mean": "all"})
 CHARTS = (
-    Chart(
-        title="Reward",
-        series={
-            "reward/on_policy_mean": "ordinary rollouts",
-            "reward/hybrid_mean": "hybrid rollouts",
-            "reward/mean": "all",
-        },
-        limits=(0.0, None),
-    ),
-    Chart(
-        title="Prefix window",
-        unit="share of the demonstration",
-        series={
-            "prefix/low": "window, low",
-            "prefix/high": "window, high",
-            "prefix/ratio_mean": "mean drawn",
-            "prefix/contains_answer_frac": "prefixes with the answer",
-        },
-        form="window",
-        limits=SHARE,
-    ),
     Chart(
         title="Entropy",
         unit="nats",
-        series={
-            "policy/prefix_entropy_mean": "prefix",
-            "policy/continuation_entropy_mean": "continuation",
-        },
-        limits=(0.0, None),
+        series={"policy/continuation_entropy_mean": "continuation"},
     ),
+    Chart(title="Loss", series={"policy/loss_mean": "mean"}, limits=(None, None)),
     Chart(
         title="Response length",
         unit="tokens",
         series={"rollout/response_length_mean": "mean"},
-        limits=(0.0, None),
     ),
     Chart(
         title="Rollouts",
-        unit="share",
+        unit="fraction",
         series={
             "rollout/left_out_frac": "without gradient, left out",
             "rollout/truncated_frac": "truncated",
-            "policy/kept_frac": "prefix tokens kept",
         },
-        limits=(0.0, None),
     ),
     Chart(
         title="Clipped tokens",
-        unit="share",
+        unit="fraction",
         series={"policy/clip_low_frac": "low", "policy/clip_high_frac": "high"},
-        limits=(0.0, None),
     ),
     Chart(
         title="Time of a step",
         unit="seconds",
+        form="stack",
         series={
             "time/push_s": "push weights",
             "time/generate_s": "generate",
@@ -117,8 +80,6 @@ CHARTS = (
             "time/old_policy_s": "old policy",
             "time/update_s": "update",
         },
-        form="stack",
-        limits=(0.0, None),
     ),
     Chart(
         title="Throughput",
@@ -128,11 +89,11 @@ CHARTS = (
             "throughput/generate_tokens_per_s": "generation",
             "throughput/update_tokens_per_s": "update",
         },
-        limits=(0.0, None),
     ),
     Chart(
         title="Grades",
         unit="rollouts",
+        form="stack",
         series={
             "grader/correct_sum": "correct",
             "grader/wrong_sum": "wrong",
@@ -140,14 +101,13 @@ CHARTS = (
             "grader/timeout_sum": "timeout",
             "grader/error_sum": "error",
         },
-        form="stack",
-        limits=(0.0, None),
     ),
-    Chart(title="Gradient norm", series={"optim/grad_norm_mean": "norm"}, limits=(0.0, None)),
-    Chart(title="Learning rate", series={"optim/lr": "lr"}, limits=(0.0, None)),
+    Chart(title="Gradient norm", series={"optim/grad_norm_mean": "norm"}),
+    Chart(title="Learning rate", series={"optim/lr": "lr"}),
     Chart(
         title="Approximate KL",
         unit="nats",
+        limits=(None, None),
         series={"policy/approx_kl_mean": "to the policy before the update"},
     ),
     Chart(
@@ -158,9 +118,17 @@ CHARTS = (
             "rollout/log_prob_gap_p99": "99th percentile",
             "rollout/log_prob_gap_max": "max",
         },
-        limits=(0.0, None),
     ),
 )
+
+
+def all_charts() -> list[Chart]:
+    """The charts of every run with those that methods declare; those of one title are merged."""
+    charts: dict[str, Chart] = {}
+    for chart in (REWARD, *declared_charts(), *CHARTS):
+        known = charts.get(chart.title, chart)
+        charts[chart.title] = replace(known, series={**known.series, **chart.series})
+    return list(charts.values())
 
 
 def accuracy_chart(records: Sequence[Record]) -> Chart:
@@ -172,7 +140,7 @@ def accuracy_chart(records: Sequence[Record]) -> Chart:
         for name in record
         if name.startswith(("eval/greedy", "eval/avg@", "eval/pass@"))
     }
-    return Chart(title="Held-out accuracy", series=names, kind="eval", limits=SHARE)
+    return Chart(title="Held-out accuracy", series=names, kind="eval", limits=(0.0, 1.0))
 
 
 def chart_html(chart: Chart, records: Sequence[Record]) -> str | None:
@@ -243,7 +211,7 @@ def _draw_line(
 ) -> None:
     if len(xs) >= SMOOTHED_FROM and not thin:
         axes.plot(xs, values, color=colour, linewidth=0.8, alpha=0.3)
-        reach = round(len(xs) * SMOOTHED_SHARE / 2)
+        reach = round(len(xs) * SMOOTHED_FRACTION / 2)
         values = [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(xs))]
     marker = "o" if len(xs) < 8 else None
     width = 0.9 if thin else 1.8

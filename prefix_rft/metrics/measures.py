@@ -2,14 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.checks import UserError
-from prefix_rft.data_types import Group, TrainBatch, Update
+from prefix_rft.data_types import Group, Problem, Rollout, TrainBatch, TrainRow, Update
 from prefix_rft.metrics.step_metrics import StepMetrics
 
 
@@ -20,43 +20,26 @@ class LogProbGapError(UserError):
 STATUSES = ("correct", "wrong", "no_answer", "timeout", "error")
 
 
-def measure_rollouts(
-    step_metrics: StepMetrics,
-    groups: Sequence[Group],
-    tokenizer: PreTrainedTokenizerBase,
-    has_answer: Callable[[str], bool],
-) -> None:
-    """Rewards, lengths, prefixes and grader statuses of all rollouts of a step."""
+def measure_rollouts(step_metrics: StepMetrics, groups: Sequence[Group]) -> None:
+    """Rewards, lengths and grader statuses of all rollouts of a step."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    hybrids = [
-        (rollout, len(group.problem.demonstration_ids))
-        for group in groups
-        for rollout in group.rollouts
-        if rollout.is_hybrid
-    ]
     for rollout in rollouts:
-        kind = "hybrid" if rollout.is_hybrid else "ordinary"
         step_metrics.mean("reward/mean", rollout.reward, 1)
-        step_metrics.mean(f"reward/{kind}_mean", rollout.reward, 1)
         step_metrics.mean("rollout/response_length_mean", len(rollout.response_ids), 1)
         step_metrics.mean("rollout/truncated_frac", rollout.finish_reason == "length", 1)
         step_metrics.add("rollout/generated_tokens_sum", len(rollout.rollout_log_probs))
-    for rollout, demonstration_length in hybrids:
-        prefix = tokenizer.decode(rollout.response_ids[: rollout.prefix_length])
-        step_metrics.mean("prefix/ratio_mean", rollout.prefix_length / demonstration_length, 1)
-        step_metrics.mean("prefix/contains_answer_frac", has_answer(prefix), 1)
     statuses = Counter(rollout.status for rollout in rollouts)
-    for status in STATUSES:
+    for status in STATUSES if rollouts else ():
         step_metrics.add(f"grader/{status}_sum", statuses[status])
 
 
 def measure_updates(
     step_metrics: StepMetrics, groups: Sequence[Group], updates: Sequence[Update]
 ) -> None:
-    """Loss, gradient, clipping, selection, entropies, and the gap between engine and trainer."""
+    """Loss, gradient, clipping, entropy, and the gap between engine and trainer."""
     num_rollouts = sum(len(group.rollouts) for group in groups)
-    num_rows = sum(len(update.rows) for update in updates)
-    step_metrics.mean("rollout/left_out_frac", num_rollouts - num_rows, num_rollouts)
+    num_used = sum(isinstance(row.origin, Rollout) for update in updates for row in update.rows)
+    step_metrics.mean("rollout/left_out_frac", num_rollouts - num_used, num_rollouts)
     step_metrics.add("optim/skipped_updates_sum", 0)
     for update in updates:
         _measure_update(step_metrics, update)
@@ -65,19 +48,19 @@ def measure_updates(
 def _measure_update(step_metrics: StepMetrics, update: Update) -> None:
     batch, sums = update.batch, update.sums
     step_metrics.mean("policy/loss_mean", update.loss, 1)
-    num_tokens = sums["num_tokens"]
-    step_metrics.mean("policy/clip_low_frac", sums["clipped_low"], num_tokens)
-    step_metrics.mean("policy/clip_high_frac", sums["clipped_high"], num_tokens)
-    step_metrics.mean("policy/approx_kl_mean", sums["approx_kl_sum"], num_tokens)
+    for name, figure in (
+        ("policy/clip_low_frac", "clipped_low"),
+        ("policy/clip_high_frac", "clipped_high"),
+        ("policy/approx_kl_mean", "approx_kl_sum"),
+    ):
+        if figure in sums:
+            step_metrics.mean(name, sums[figure], sums["num_tokens"])
     finite = math.isfinite(update.grad_norm)
     step_metrics.add("optim/skipped_updates_sum", not finite)
     if finite:
         step_metrics.mean("optim/grad_norm_mean", update.grad_norm, 1)
 
-    prefix = batch.prefix_mask
-    continuation = batch.response_mask & ~prefix & (batch.advantages != 0)
-    step_metrics.mean("policy/kept_frac", batch.selected_mask.sum(), prefix.sum())
-    step_metrics.mean("policy/prefix_entropy_mean", update.entropy[prefix].sum(), prefix.sum())
+    continuation = batch.response_mask & ~batch.prefix_mask & (batch.advantages != 0)
     step_metrics.mean(
         "policy/continuation_entropy_mean", update.entropy[continuation].sum(), continuation.sum()
     )
@@ -86,10 +69,14 @@ def _measure_update(step_metrics: StepMetrics, update: Update) -> None:
 
 
 def throughput(metrics: Mapping[str, float], updates: Sequence[Update]) -> dict[str, float]:
-    """Tokens a second: generated ones by step and generation, trained ones by update."""
-    num_generated = metrics["rollout/generated_tokens_sum"]
+    """Tokens a second: generated ones by step and generation, trained ones by update.
+
+    A step without generation is measured by its trained tokens.
+    """
+    num_generated = metrics.get("rollout/generated_tokens_sum", 0)
     num_trained = sum(len(update.batch.input_ids) for update in updates)
-    counts = {"step": num_generated, "generate": num_generated, "update": num_trained}
+    num_step = num_generated or num_trained
+    counts = {"step": num_step, "generate": num_generated, "update": num_trained}
     return {
         f"throughput/{phase}_tokens_per_s": count / metrics[f"time/{phase}_s"]
         for phase, count in counts.items()
@@ -144,39 +131,56 @@ def describe_group(
 ) -> dict:
     """The first group that has a gradient (else the first), token by token, for the report."""
     places = {
-        id(row.rollout): (update, k, row.advantage)
-        for update in updates
-        for k, row in enumerate(update.rows)
+        id(row.origin): (update, k, row) for update in updates for k, row in enumerate(update.rows)
     }
-    group = next(
-        (group for group in groups if any(id(rollout) in places for rollout in group.rollouts)),
-        groups[0],
-    )
-    described = []
-    for rollout in group.rollouts:
-        length = len(rollout.response_ids)
-        selected, entropy, advantage = [False] * length, [None] * length, 0.0
-        if id(rollout) in places:
-            update, k, advantage = places[id(rollout)]
-            end = list(accumulate(update.batch.lengths))[k]
-            span = slice(end - length, end)  # the response is the end of its row
-            selected = update.batch.selected_mask[span].tolist()
-            entropy = update.entropy[span].tolist()
-        described.append(
-            {
-                "tokens": [tokenizer.decode([token]) for token in rollout.response_ids],
-                "prefix_length": rollout.prefix_length,
-                "selected": selected,
-                "entropy": entropy,
-                "reward": rollout.reward,
-                "status": rollout.status,
-                "advantage": advantage,
-            }
-        )
+
+    def responses(group: Group) -> list[Rollout | Problem]:
+        """The rollouts, and the problem itself if its demonstration is learnt from."""
+        return [*group.rollouts, *([group.problem] if id(group.problem) in places else [])]
+
+    def is_learnt_from(group: Group) -> bool:
+        return any(id(origin) in places for origin in responses(group))
+
+    group = next(filter(is_learnt_from, groups), groups[0])
+    described = [
+        _describe(origin, places.get(id(origin)), tokenizer) for origin in responses(group)
+    ]
     problem = group.problem
     return {
         "index": problem.index,
         "prompt": problem.prompt,
         "answer": problem.answer,
         "rollouts": described,
+    }
+
+
+def _describe(
+    origin: Rollout | Problem,
+    place: tuple[Update, int, TrainRow] | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict:
+    """A response token by token; `place`: where it stands in an update, None: left out.
+
+    A demonstration has neither reward nor status.
+    """
+    if place is None:
+        token_ids, prefix_length = origin.response_ids, origin.prefix_length
+        selected, entropy, advantage = [False] * len(token_ids), [None] * len(token_ids), 0.0
+    else:
+        update, k, row = place
+        token_ids = row.response_ids
+        end = list(accumulate(update.batch.lengths))[k]
+        span = slice(end - len(token_ids), end)  # the response is the end of its row
+        prefix_length = int(update.batch.prefix_mask[span].sum())
+        selected = (update.batch.prefix_mask & update.batch.loss_mask)[span].tolist()
+        entropy = update.entropy[span].tolist()
+        advantage = row.segments[-1].advantage
+    return {
+        "tokens": [tokenizer.decode([token]) for token in token_ids],
+        "prefix_length": prefix_length,
+        "selected": selected,
+        "entropy": entropy,
+        "reward": getattr(origin, "reward", None),
+        "status": getattr(origin, "status", None),
+        "advantage": advantage,
     }

@@ -13,56 +13,35 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from prefix_rft.methods import declared_progress
+
 Kind = Literal["train", "eval"]
 Metrics = Mapping[str, float]
 
-# What a person watches: a label, then (word, metric, format) for each figure under it.
-FIGURES: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
-    (
-        "reward",
-        (
-            ("", "reward/mean", ".3f"),
-            ("ordinary", "reward/on_policy_mean", ".3f"),
-            ("hybrid", "reward/hybrid_mean", ".3f"),
-        ),
+# What a person watches: a label, then (word, metric, format) for each figure under it. What methods
+# declare comes between the two.
+FIRST_FIGURES = {
+    "reward": (("", "reward/mean", ".3f"),),
+    "loss": (("", "policy/loss_mean", ".3g"),),
+}
+FIGURES = {
+    "entropy": (("continuation", "policy/continuation_entropy_mean", ".3f"),),
+    "clipped": (("low", "policy/clip_low_frac", ".3f"), ("high", "policy/clip_high_frac", ".3f")),
+    "rollouts": (
+        ("left out", "rollout/left_out_frac", ".2f"),
+        ("truncated", "rollout/truncated_frac", ".2f"),
+        ("tokens", "rollout/response_length_mean", ".0f"),
     ),
-    (
-        "prefix",
-        (
-            ("from", "prefix/low", ".2f"),
-            ("to", "prefix/high", ".2f"),
-            ("kept", "policy/kept_frac", ".2f"),
-        ),
+    "time": (
+        ("", "time/step_s", "s"),
+        ("push", "time/push_s", "s"),
+        ("generate", "time/generate_s", "s"),
+        ("reward", "time/reward_s", "s"),
+        ("old policy", "time/old_policy_s", "s"),
+        ("update", "time/update_s", "s"),
     ),
-    (
-        "entropy",
-        (
-            ("prefix", "policy/prefix_entropy_mean", ".3f"),
-            ("continuation", "policy/continuation_entropy_mean", ".3f"),
-        ),
-    ),
-    ("clipped", (("low", "policy/clip_low_frac", ".3f"), ("high", "policy/clip_high_frac", ".3f"))),
-    (
-        "rollouts",
-        (
-            ("left out", "rollout/left_out_frac", ".2f"),
-            ("truncated", "rollout/truncated_frac", ".2f"),
-            ("tokens", "rollout/response_length_mean", ".0f"),
-        ),
-    ),
-    (
-        "time",
-        (
-            ("", "time/step_s", "s"),
-            ("push", "time/push_s", "s"),
-            ("generate", "time/generate_s", "s"),
-            ("reward", "time/reward_s", "s"),
-            ("old policy", "time/old_policy_s", "s"),
-            ("update", "time/update_s", "s"),
-        ),
-    ),
-    ("speed", (("", "throughput/step_tokens_per_s", "tokens/s"),)),
-)
+    "speed": (("", "throughput/step_tokens_per_s", "tokens/s"),),
+}
 
 
 def format_seconds(seconds: float) -> str:
@@ -82,8 +61,11 @@ def format_rate(tokens_per_s: float) -> str:
 
 def describe(metrics: Metrics) -> list[tuple[str, str]]:
     """(label, text) of every figure a person watches; what is not in `metrics` is left out."""
+    lines: dict[str, tuple] = {}
+    for label, figures in (*FIRST_FIGURES.items(), *declared_progress(), *FIGURES.items()):
+        lines[label] = lines.get(label, ()) + figures
     described = []
-    for label, figures in FIGURES:
+    for label, figures in lines.items():
         texts = [
             f"{word} {_format(metrics[name], form)}".strip()
             for word, name, form in figures

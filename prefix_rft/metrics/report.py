@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from prefix_rft.checks import UserError
-from prefix_rft.metrics.charts import CHARTS, accuracy_chart, chart_html
+from prefix_rft.metrics.charts import accuracy_chart, all_charts, chart_html
 from prefix_rft.metrics.logger import METRICS_FILE, ROLLOUTS_FILE, read_records
 from prefix_rft.metrics.progress import format_rate, format_seconds
 from prefix_rft.metrics.summary import COLUMNS, result_rows
@@ -107,7 +107,7 @@ def report_html(
     """The page; every argument may be empty."""
     config = tomllib.loads(config_text)
     name = config.get("name", name)
-    charts = [chart_html(chart, records) for chart in (accuracy_chart(records), *CHARTS)]
+    charts = [chart_html(chart, records) for chart in (accuracy_chart(records), *all_charts())]
     drawn = "".join(filter(None, charts)) or '<p class="muted">No step is recorded yet.</p>'
     parts = [
         _header(name, config, records, summary),
@@ -178,7 +178,7 @@ def _results(summary: Mapping[str, Mapping[str, Any]]) -> str:
     return (
         f'<h2>Results{about}</h2><div class="table"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
-        '<p class="muted"><small>In brackets: 95% confidence interval. Change of shares in '
+        '<p class="muted"><small>In brackets: 95% confidence interval. Change of fractions in '
         "percentage points.</small></p>"
     )
 
@@ -198,12 +198,11 @@ def _rollouts(groups: Sequence[Mapping[str, Any]]) -> str:
 
 def _group(group: Mapping[str, Any], *, opened: bool) -> str:
     rollouts = sorted(group["rollouts"], key=lambda rollout: rollout["prefix_length"] == 0)
-    rewards = [rollout["reward"] for rollout in rollouts]
-    mean = sum(rewards) / len(rewards)
-    title = (
-        f"step {group['step'] + 1}, problem {group['index']}: "
-        f"{len(rewards)} rollouts, mean reward {mean:.2f}"
-    )
+    rewards = [r["reward"] for r in rollouts if r["reward"] is not None]
+    title = f"step {group['step'] + 1}, problem {group['index']}"
+    if rewards:
+        mean = sum(rewards) / len(rewards)
+        title += f": {len(rewards)} rollouts, mean reward {mean:.2f}"
     return (
         f'<details class="group"{" open" if opened else ""}><summary>{escape(title)}</summary>'
         f"<h4><b>Prompt</b></h4><pre>{escape(group['prompt'])}</pre>"
@@ -214,8 +213,13 @@ def _group(group: Mapping[str, Any], *, opened: bool) -> str:
 
 def _rollout(rollout: Mapping[str, Any]) -> str:
     tokens, prefix_length = rollout["tokens"], rollout["prefix_length"]
-    kind = f"hybrid, prefix of {prefix_length} tokens" if prefix_length else "ordinary"
-    tone = "good" if rollout["status"] == "correct" else "bad"
+    kind = f"hybrid, prefix of {prefix_length} tokens" if prefix_length else "on-policy"
+    title, about = rollout["status"], ""
+    if rollout["status"] is None:
+        title, tone = "demonstration", "good"
+    else:
+        tone = "good" if rollout["status"] == "correct" else "bad"
+        about = f"reward {rollout['reward']:g} · advantage {rollout['advantage']:+.3f} · {kind} · "
     spans = []
     for position, token in enumerate(tokens[:MAX_TOKENS]):
         in_prefix = position < prefix_length
@@ -227,7 +231,6 @@ def _rollout(rollout: Mapping[str, Any]) -> str:
     if len(tokens) > MAX_TOKENS:
         spans.append(f'<span class="muted"> … and {len(tokens) - MAX_TOKENS} more tokens</span>')
     return (
-        f'<div class="rollout"><h4><b class="{tone}">{escape(rollout["status"])}</b> · '
-        f"reward {rollout['reward']:g} · advantage {rollout['advantage']:+.3f} · {escape(kind)} · "
+        f'<div class="rollout"><h4><b class="{tone}">{escape(title)}</b> · {escape(about)}'
         f'{len(tokens)} tokens</h4><div class="text">{"".join(spans)}</div></div>'
     )

@@ -25,6 +25,13 @@ class StepMetrics:
         self.add(name, total)
         self._counts[name] += float(count)
 
+    def figure(self, name: str, total: float, count: float | None = None) -> None:
+        """Add to a total, or, with a count, to a mean."""
+        if count is None:
+            self.add(name, total)
+        else:
+            self.mean(name, total, count)
+
     def maximum(self, name: str, value: float) -> None:
         """Keep the largest."""
         self._totals[name] = max(float(value), self._totals.get(name, float(value)))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from prefix_rft.checks import ConfigError
 from prefix_rft.data_types import TrainBatch
+from prefix_rft.methods import TokenLoss
 from prefix_rft.model.attention import LEAN_SDPA
 from prefix_rft.model.distributed import gathered, shard_module
 
@@ -86,20 +87,19 @@ class Policy(nn.Module):
             batch, batch.targets, row_mask=batch.response_mask, temperature=self.temperature
         )
 
-    def policy_loss(
-        self, batch: TrainBatch, *, normalizer: float, config: PolicyConfig
+    def loss(
+        self, batch: TrainBatch, *, normalizer: float, loss: PolicyConfig | TokenLoss
     ) -> PolicyLoss:
-        """The clipped objective of `batch`; statistics are reported of rows with a gradient only.
+        """The sum of the tokens' losses over `normalizer`; statistics of rows with a gradient only.
 
         Args:
-            batch: with `selected_mask`; `old_log_probs` None means those of this forward.
-            normalizer: num_rollouts * max_response_length of the whole mini-batch.
-        Raises:
-            ValueError: `batch.selected_mask` is missing: a selection here would depend on the
-                micro-batch.
+            batch: `old_log_probs` None means those of this forward.
+            normalizer: of the whole mini-batch.
+            loss: the clipped objective's options, or a function.
         """
-        if batch.selected_mask is None:
-            raise ValueError("batch.selected_mask: expected a mask of the prefix tokens, got None")
+        if isinstance(loss, TokenLoss):
+            return self._token_loss(batch, normalizer, loss)
+        selected = batch.response_mask if batch.selected_mask is None else batch.selected_mask
         return self(
             batch,
             batch.targets,
@@ -108,11 +108,32 @@ class Policy(nn.Module):
             batch.response_mask,
             batch.prefix_mask,
             normalizer=normalizer,
-            config=config,
+            config=loss,
             temperature=self.temperature,
             cu_seqlens=batch.cu_seqlens,
-            selected_mask=batch.selected_mask,
+            selected_mask=selected,
             rollout_log_probs=batch.rollout_log_probs,
+            stats="active",
+            active_rows=batch.active_rows,
+        )
+
+    def _token_loss(self, batch: TrainBatch, normalizer: float, loss: TokenLoss) -> PolicyLoss:
+        inputs = [getattr(batch, name) for name in loss.inputs]
+
+        def function(log_probs: torch.Tensor, entropy: torch.Tensor, *given: torch.Tensor):
+            # None stands for old log-probs, when the policy has not moved yet.
+            tokens = iter(given)
+            filled = (log_probs.detach() if x is None else next(tokens) for x in inputs)
+            return loss.function(log_probs, entropy, *filled)
+
+        return self(
+            batch,
+            batch.targets,
+            loss_fn=function,
+            tokens=tuple(x for x in inputs if x is not None),
+            mask=batch.loss_mask,
+            normalizer=normalizer,
+            temperature=self.temperature if loss.temperature is None else loss.temperature,
             stats="active",
             active_rows=batch.active_rows,
         )
@@ -173,6 +194,7 @@ class Policy(nn.Module):
             response_mask=nothing,
             prefix_mask=nothing,
             advantages=ids.float(),
+            weights=ids.float(),
             rollout_log_probs=ids.float(),
         )
         logits = self(batch)[2:].float()

@@ -1,8 +1,8 @@
 """Checkpoints: written beside their place and renamed into it, checked before they are believed.
 
 <run>/checkpoints/step-000050/
-    state/          trained weights and optimizer, torch.distributed.checkpoint
-    trainer.json    step, parameter shapes, data fingerprint
+    state/          trained weights and optimizers, torch.distributed.checkpoint
+    trainer.json    step, parameter shapes, data fingerprint, what the method remembers
     rng-<rank>.pickle   generator states of python, numpy and torch
     manifest.json   size and crc32 of every other file, written last
 """
@@ -14,12 +14,12 @@ import random
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial as partial_call
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,15 +30,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_state_dict,
+    get_optimizer_state_dict,
     set_model_state_dict,
-    set_state_dict,
+    set_optimizer_state_dict,
 )
 
 from prefix_rft.checks import UserError
 from prefix_rft.model import World
 
-FORMAT = 2  # raised when the layout changes
+Optimizers = Mapping[str, torch.optim.Optimizer]  # by name
+
+FORMAT = 3  # raised when the layout changes
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # the others are the base's
 for _message in (".*torch.distributed is disabled.*", ".*the intent is to .* single process.*"):
     warnings.filterwarnings("ignore", message=_message)  # it is; also from the writing thread
@@ -54,6 +56,7 @@ class TrainerState:
 
     step: int  # steps done
     data_fingerprint: str  # of the training problems
+    method: dict[str, Any] = field(default_factory=dict)  # what the method remembers, as JSON
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
@@ -103,7 +106,7 @@ class CheckpointWriter:
             self.finish()
         self._executor.shutdown()
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
+    def save(self, model: nn.Module, optimizers: Optimizers, state: TrainerState) -> None:
         """Write the checkpoint of `state.step`, then delete all but the newest. Collective.
 
         Raises:
@@ -115,8 +118,7 @@ class CheckpointWriter:
         partial = target.with_name(f".partial-{target.name}")
         description = {"format": FORMAT, "shapes": _shapes(model), "state": asdict(state)}
         self.world.broadcast(lambda: self._guard(target, lambda: _start(partial, description)))
-        model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
-        saved = {"model": model_state, "optimizer": optimizer_state}
+        saved = _states(model, optimizers)
 
         def write_states() -> None:
             (partial / _rng_file(self.world.rank)).write_bytes(pickle.dumps(_rng_states()))
@@ -203,12 +205,12 @@ def _publish(partial: Path, target: Path) -> None:
 def load_checkpoint(
     path: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     *,
     data_fingerprint: str,
     world: World | None = None,
 ) -> TrainerState:
-    """Restore `model`, `optimizer` and the random generators in place. Collective.
+    """Restore `model`, `optimizers` and the random generators in place. Collective.
 
     The checkpoint may have been written by any number of ranks; a rank that it has no generators of
     keeps its own.
@@ -225,20 +227,25 @@ def load_checkpoint(
             f"checkpoint {path}: expected the training problems it was made with "
             f"(fingerprint {state.data_fingerprint}), got others ({data_fingerprint})"
         )
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
-    loaded = {"model": model_state, "optimizer": optimizer_state}
+    loaded = _states(model, optimizers)
     dcp.load(loaded, checkpoint_id=path / "state", no_dist=world.mesh is None)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=loaded["model"],
-        optim_state_dict=loaded["optimizer"],
-        options=_TRAINED,
-    )
+    set_model_state_dict(model, loaded["model"], options=_TRAINED)
+    for name, optimizer in optimizers.items():
+        set_optimizer_state_dict(model, optimizer, loaded["optimizers"][name], options=_TRAINED)
     generators = path / _rng_file(world.rank)
     if generators.exists():
         _set_rng_states(pickle.loads(generators.read_bytes()))
     return state
+
+
+def _states(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(model, options=_TRAINED),
+        "optimizers": {
+            name: get_optimizer_state_dict(model, optimizer, options=_TRAINED)
+            for name, optimizer in optimizers.items()
+        },
+    }
 
 
 def load_model_weights(path: Path, model: nn.Module) -> None:

@@ -42,17 +42,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
-    """Of `step` (from 0): a linear warm-up, then constant, or falling to 0 at `num_steps`."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    """The learning rate of `step` (from 0) of `num_steps`.
+
+    After a linear warm-up it stays, or falls to `final_lr_fraction` of itself at `num_steps`.
+    """
+    warmup_steps = config.warmup_steps or round(config.warmup_fraction * num_steps)
+    if step < warmup_steps:
+        return config.lr * (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
     match config.schedule:
         case "constant":
-            return config.lr
+            left = 1.0
         case "linear":
-            return config.lr * (1 - progress)
+            left = 1 - progress
         case "cosine":
-            return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+            left = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * left)
 
 
 def _adamw_8bit() -> type[torch.optim.Optimizer]:

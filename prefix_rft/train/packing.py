@@ -18,29 +18,31 @@ _NOT_PER_TOKEN = ("cu_seqlens", "lengths", "active_rows")
 
 def pack(rows: Sequence[TrainRow], *, device: torch.device, dtype: torch.dtype) -> TrainBatch:
     """Lay `rows` end to end in their order; floating fields get `dtype`."""
-    inputs, positions, targets = [], [], []
-    is_response, is_prefix, advantages, rollout_log_probs, lengths = [], [], [], [], []
+    inputs, positions, targets, lengths = [], [], [], []
+    is_response, is_prefix, advantages, weights, rollout_log_probs = [], [], [], [], []
     for row in rows:
-        rollout = row.rollout
-        num_context = len(rollout.prompt_ids) - 1  # positions that predict prompt tokens
-        num_prefix = rollout.prefix_length
-        num_continuation = len(rollout.response_ids) - num_prefix
-        length = num_context + len(rollout.response_ids)
+        num_context = len(row.prompt_ids) - 1  # positions that predict prompt tokens
+        response = row.response_ids
+        length = num_context + len(response)
         lengths.append(length)
-        inputs += (rollout.prompt_ids + rollout.response_ids)[:-1]
+        inputs += (row.prompt_ids + response)[:-1]
         positions += range(length)
-        targets += [IGNORE] * num_context + list(rollout.response_ids)
-        is_response += [False] * num_context + [True] * len(rollout.response_ids)
-        is_prefix += [False] * num_context + [True] * num_prefix + [False] * num_continuation
-        advantages += (
-            [0.0] * num_context
-            + [row.prefix_advantage] * num_prefix
-            + [row.advantage] * num_continuation
-        )
-        rollout_log_probs += [0.0] * (num_context + num_prefix) + list(rollout.rollout_log_probs)
+        targets += [IGNORE] * num_context + list(response)
+        is_response += [False] * num_context + [True] * len(response)
+        for per_token in (is_prefix, advantages, weights, rollout_log_probs):
+            per_token += [0] * num_context
+        for segment in row.segments:
+            n = len(segment.token_ids)
+            is_prefix += [segment.source == "demonstration"] * n
+            advantages += [segment.advantage] * n
+            weights += [segment.weight] * n
+            rollout_log_probs += segment.rollout_log_probs or [0.0] * n
 
     def integers(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
+
+    def floats(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
 
     return TrainBatch(
         input_ids=integers(inputs),
@@ -50,8 +52,9 @@ def pack(rows: Sequence[TrainRow], *, device: torch.device, dtype: torch.dtype) 
         lengths=tuple(lengths),
         response_mask=torch.tensor(is_response, dtype=torch.bool, device=device),
         prefix_mask=torch.tensor(is_prefix, dtype=torch.bool, device=device),
-        advantages=torch.tensor(advantages, dtype=dtype, device=device),
-        rollout_log_probs=torch.tensor(rollout_log_probs, dtype=dtype, device=device),
+        advantages=floats(advantages),
+        weights=floats(weights),
+        rollout_log_probs=floats(rollout_log_probs),
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ from prefix_rft.config import (
     save_config,
 )
 from prefix_rft.data import load_problems, resolve_base
+from prefix_rft.data_types import Problem
 from prefix_rft.evaluate import answer, summarize
+from prefix_rft.methods import find_method
 from prefix_rft.metrics import LogProbGapError, MetricsLogger, NoLogger, write_report
 from prefix_rft.model import (
     World,
@@ -65,10 +68,8 @@ def train(config: Config, *, resume: bool = False) -> dict:
 def _train(config: Config, world: World, *, resume: bool) -> dict:
     run_dir = config.run_dir
     summary, checkpoints = world.broadcast(lambda: _open_run(config, resume))
-    if "trained" in summary:
-        if world.is_main:
-            print(f"{run_dir} is finished, nothing is left to do")
-        return summary
+    if not _steps_follow_from_data(config) and _is_finished(config, summary, checkpoints):
+        return _nothing_left(run_dir, summary, world)
     require_packages(config)
 
     with ExitStack() as stack:
@@ -78,21 +79,18 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
         base = world.broadcast(lambda: base)
         with interrupt.cancellable() if world.size == 1 else nullcontext():
             setup = stack.enter_context(Setup(config, base, world))
-            trainer = setup.trainer()
+            config, problems = _for_method(config, setup.data.train)
+            if _is_finished(config, summary, checkpoints):
+                return _nothing_left(run_dir, summary, world)
+            trainer = setup.trainer(config, problems)
         if not checkpoints:
             world.broadcast(lambda: save_config(config, run_dir / CONFIG_FILE))
-        logger = stack.enter_context(
-            MetricsLogger(
-                run_dir,
-                config.log,
-                num_steps=config.trainer.num_steps,
-                start_step=checkpoint_step(checkpoints[-1]) if checkpoints else 0,
-            )
-            if world.is_main
-            else NoLogger()
-        )
+        logger = stack.enter_context(_logger(config, world, checkpoints))
         for report in setup.data.reports:
             logger.message(str(report))
+        if len(problems) < len(setup.data.train):
+            left_out = len(setup.data.train) - len(problems)
+            logger.message(f"{config.method.name} cannot learn from {left_out} problems: left out")
         if "base" not in summary:
             logger.message("evaluating the base model")
             summary = {"base": setup.evaluate(interrupt, version=0)}
@@ -109,7 +107,7 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
         trained = setup.evaluate(interrupt, version=trainer.step_index)
         logger.log(trainer.step_index, _eval_metrics(trained), kind="eval")
     export(setup.policy.model, setup.tokenizer, run_dir / MODEL_FOLDER, world)
-    summary["trained"] = trained
+    summary = {"base": summary["base"], "trained": trained}
     if world.is_main:
         _write_summary(run_dir, summary)
         write_report(run_dir)
@@ -118,24 +116,77 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
 
 def _open_run(config: Config, resume: bool) -> tuple[dict, list[Path]]:
     """The summary so far and the checkpoints to continue from; makes the folder."""
-    run_dir, num_steps = config.run_dir, config.trainer.num_steps
+    run_dir = config.run_dir
     summary = _read_summary(run_dir) if resume else {}
     checkpoints = list_checkpoints(run_dir) if resume else []
-    if checkpoints and checkpoint_step(checkpoints[-1]) > num_steps:
-        done = checkpoint_step(checkpoints[-1])
-        raise ConfigError(
-            f"trainer.num_steps: expected at least the {done} steps done in {run_dir}, "
-            f"got {num_steps}"
-        )
-    if "trained" in summary and checkpoint_dir(run_dir, num_steps) in checkpoints:
-        return summary, checkpoints
+    if not _steps_follow_from_data(config):
+        _is_finished(config, summary, checkpoints)  # refused before the folder is made
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"output_dir: expected a folder that can be written, got {run_dir} ({error.strerror})"
         ) from error
-    return {name: summary[name] for name in summary if name != "trained"}, checkpoints
+    return summary, checkpoints
+
+
+def _steps_follow_from_data(config: Config) -> bool:
+    method = find_method(config.method.name)
+    return method.num_steps(config.section(method), 1, 1) is not None
+
+
+def _for_method(config: Config, problems: list[Problem]) -> tuple[Config, list[Problem]]:
+    """The problems that the method learns from, and the configuration with the steps they take.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    method = find_method(config.method.name)
+    accepted = [problem for problem in problems if method.accepts(problem)]
+    if not accepted:
+        raise ConfigError(
+            f"data.path: expected problems that {method.name} can learn from, got none among "
+            f"{len(problems)}"
+        )
+    num_steps = method.num_steps(
+        config.section(method), len(accepted), config.trainer.prompts_per_step
+    )
+    if num_steps is not None:
+        config = replace(config, trainer=replace(config.trainer, num_steps=num_steps))
+    return config, accepted
+
+
+def _is_finished(config: Config, summary: dict, checkpoints: list[Path]) -> bool:
+    """Whether the run has its last checkpoint and its results.
+
+    Raises:
+        ConfigError: it has done more steps than it is to do.
+    """
+    run_dir, num_steps = config.run_dir, config.trainer.num_steps
+    if checkpoints and checkpoint_step(checkpoints[-1]) > num_steps:
+        done = checkpoint_step(checkpoints[-1])
+        raise ConfigError(
+            f"trainer.num_steps: expected at least the {done} steps done in {run_dir}, "
+            f"got {num_steps}"
+        )
+    return "trained" in summary and checkpoint_dir(run_dir, num_steps) in checkpoints
+
+
+def _nothing_left(run_dir: Path, summary: dict, world: World) -> dict:
+    if world.is_main:
+        print(f"{run_dir} is finished, nothing is left to do")
+    return summary
+
+
+def _logger(config: Config, world: World, checkpoints: list[Path]) -> MetricsLogger | NoLogger:
+    if not world.is_main:
+        return NoLogger()
+    return MetricsLogger(
+        config.run_dir,
+        config.log,
+        num_steps=config.trainer.num_steps,
+        start_step=checkpoint_step(checkpoints[-1]) if checkpoints else 0,
+    )
 
 
 def evaluate_model(config: Config, model_path: str) -> dict:
@@ -190,14 +241,14 @@ class Setup:
         if kind is None:  # else other ranks may be gone, and the process ends
             self.engine.close()
 
-    def trainer(self) -> Trainer:
+    def trainer(self, config: Config, problems: list[Problem]) -> Trainer:
         return Trainer(
-            self.config,
+            config,
             policy=self.policy,
             tokenizer=self.tokenizer,
             engine=self.engine,
             rewarder=self.rewarder,
-            problems=self.data.train,
+            problems=problems,
             world=self.world,
         )
 

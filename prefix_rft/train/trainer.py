@@ -9,16 +9,27 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
+from rft_kernels import PolicyConfig
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.config import Config
 from prefix_rft.data import batch_indices
-from prefix_rft.data_types import Completion, Group, MiniBatch, Problem, Rollout, TrainBatch, Update
-from prefix_rft.methods import make_method
+from prefix_rft.data_types import (
+    Completion,
+    Group,
+    MiniBatch,
+    Problem,
+    Rollout,
+    RolloutRequest,
+    TrainBatch,
+    Update,
+)
+from prefix_rft.methods import Method, Setting, TokenLoss, find_method
 from prefix_rft.metrics import (
     StepMetrics,
     check_gap,
@@ -35,6 +46,9 @@ from prefix_rft.train.checkpoint import CheckpointWriter, TrainerState, load_che
 from prefix_rft.train.interrupt import Interrupt
 from prefix_rft.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from prefix_rft.train.packing import dummy_batch, pack, plan_micro_batches, take_rows, token_index
+
+POLICY = "policy"  # the optimizer that every method has
+NOTHING_GENERATED = Completion(token_ids=(), log_probs=(), finish_reason="stop")
 
 
 class Trainer:
@@ -62,9 +76,16 @@ class Trainer:
         self.engine = engine
         self.rewarder = rewarder
         self.problems = problems
-        self.method = make_method(config)
+        self.method = make_method(config, tokenizer)
         self.updates_per_step = config.trainer.prompts_per_step // config.trainer.prompts_per_update
-        self.optimizer = make_optimizer(policy.parameters(), config.optimizer, policy.device)
+        self.optimizer_configs = {POLICY: config.optimizer} | {
+            name: replace(config.optimizer, **changes)
+            for name, changes in self.method.optimizers.items()
+        }
+        self.optimizers = {
+            name: make_optimizer(policy.parameters(), each, policy.device)
+            for name, each in self.optimizer_configs.items()
+        }
         self.step_index = 0  # steps done
 
     def train_step(self, interrupt: Interrupt) -> tuple[dict[str, float], dict]:
@@ -76,40 +97,49 @@ class Trainer:
         step_metrics = StepMetrics()
         with step_metrics.phase("step"):
             groups = self.rollouts(step_metrics, interrupt)
-            mini_batches = self.mini_batches(groups)
-            if self.updates_per_step > 1:
-                mini_batches = [
-                    self.with_old_log_probs(each, step_metrics) for each in mini_batches
-                ]
-            lr = learning_rate(
-                self.step_index, self.config.optimizer, self.config.trainer.num_steps
-            )
-            set_learning_rate(self.optimizer, lr)
-            step_metrics.add("optim/lr", lr)
-            updates = [self.update(mini_batch, step_metrics) for mini_batch in mini_batches]
+            mini_batches = self.method.mini_batches(groups, self.step_index)
+            batches = [self.pack(mini_batch, step_metrics) for mini_batch in mini_batches]
+            for name, config in self.optimizer_configs.items():
+                lr = learning_rate(self.step_index, config, self.config.trainer.num_steps)
+                set_learning_rate(self.optimizers[name], lr)
+                step_metrics.add("optim/lr" if name == POLICY else f"optim/{name}_lr", lr)
+            updates = [
+                self.update(mini_batch, batch, step_metrics)
+                for mini_batch, batch in zip(mini_batches, batches, strict=True)
+            ]
             self.step_index += 1
-        measure_rollouts(step_metrics, groups, self.tokenizer, self.rewarder.has_answer)
+        measure_rollouts(step_metrics, groups)
         measure_updates(step_metrics, groups, updates)
+        for figure in self.method.figures(groups, updates, self.has_answer):
+            step_metrics.figure(*figure)
         metrics = step_metrics.result()
         metrics |= throughput(metrics, updates)
         return metrics, describe_group(groups, updates, self.tokenizer)
 
+    def has_answer(self, token_ids: Sequence[int]) -> bool:
+        return self.rewarder.has_answer(self.tokenizer.decode(token_ids))
+
     def save(self, checkpoints: CheckpointWriter) -> int:
         """Write a checkpoint; returns the steps done in it. Collective."""
-        state = TrainerState(step=self.step_index, data_fingerprint=fingerprint(self.problems))
-        checkpoints.save(self.policy.model, self.optimizer, state)
+        state = TrainerState(
+            step=self.step_index,
+            data_fingerprint=fingerprint(self.problems),
+            method=self.method.state(),
+        )
+        checkpoints.save(self.policy.model, self.optimizers, state)
         return self.step_index
 
     def restore(self, checkpoint: Path) -> None:
-        """Take up the weights, the optimizer and the step of a checkpoint. Collective."""
+        """Take up the weights, the optimizers, the step and the method's state. Collective."""
         state = load_checkpoint(
             checkpoint,
             self.policy.model,
-            self.optimizer,
+            self.optimizers,
             data_fingerprint=fingerprint(self.problems),
             world=self.world,
         )
         self.step_index = state.step
+        self.method.restore(state.method)
 
     def rollouts(self, step_metrics: StepMetrics, interrupt: Interrupt) -> list[Group]:
         """The groups of this step, generated and scored."""
@@ -119,49 +149,58 @@ class Trainer:
         order = batch_indices(
             len(self.problems), config.trainer.prompts_per_step, step, config.seed
         )
+        problems = [self.problems[i] for i in order]
+        plans = [self.method.plan_group(problem, step) for problem in problems]
+        if not any(plans):
+            return [Group(problem=problem, rollouts=()) for problem in problems]
         with ExitStack() as stack:
             with step_metrics.phase("push"):
                 stack.enter_context(serving(self.engine, self.policy, version=step))
             with interrupt.cancellable(at_once=not self.engine.is_collective):
-                share = self.generate(
-                    [self.problems[i] for i in self.world.shard(order)], step_metrics
-                )
+                planned = list(zip(problems, plans, strict=True))
+                shard = self.generate(self.world.shard(planned), step_metrics)
         with step_metrics.phase("wait"):  # for the slowest rank
-            merged = self.world.all_gather(share)
+            rollouts = self.world.all_gather(shard)
         return [
-            Group(problem=self.problems[i], rollouts=rollouts)
-            for i, rollouts in zip(order, merged, strict=True)
+            Group(problem=problem, rollouts=rollouts)
+            for problem, rollouts in zip(problems, rollouts, strict=True)
         ]
 
     def generate(
-        self, problems: Sequence[Problem], step_metrics: StepMetrics
+        self,
+        planned: Sequence[tuple[Problem, list[RolloutRequest]]],
+        step_metrics: StepMetrics,
     ) -> list[tuple[Rollout, ...]]:
-        """The scored rollouts of one group for each of `problems`."""
+        """The scored rollouts of each group that is planned."""
         config, step = self.config, self.step_index
-        planned = [
-            (problem, request)
-            for problem in problems
-            for request in self.method.plan_group(problem, step)
-        ]
-        texts = [""] * len(planned)
-        with Scoring(self.rewarder, [problem for problem, _ in planned]) as scoring:
+        requests = [request for _, plan in planned for request in plan]
+        problems = [problem for problem, plan in planned for _ in plan]
+        completions = [NOTHING_GENERATED] * len(requests)
+        texts = [""] * len(requests)
+        open_requests = [i for i, request in enumerate(requests) if request.max_new_tokens]
+        with Scoring(self.rewarder, problems) as scoring:
 
             def score(index: int, completion: Completion) -> None:
-                ids = planned[index][1].prefix_ids + completion.token_ids
+                ids = requests[index].prefix_ids + completion.token_ids
                 texts[index] = self.tokenizer.decode(ids, skip_special_tokens=True)
                 scoring.add(index, texts[index])
 
+            for i, request in enumerate(requests):
+                if not request.max_new_tokens:
+                    score(i, NOTHING_GENERATED)
             with step_metrics.phase("generate"):
-                completions = self.engine.generate(
-                    [request for _, request in planned],
+                generated = self.engine.generate(
+                    [requests[i] for i in open_requests],
                     temperature=config.rollout.temperature,
                     seed=(config.seed << 32) + step * self.world.size + self.world.rank,
                     weights_version=step,
-                    on_done=score,
+                    on_done=lambda k, completion: score(open_requests[k], completion),
                 )
+            for i, completion in zip(open_requests, generated, strict=True):
+                completions[i] = completion
             with step_metrics.phase("reward"):  # of what is still to be graded
                 scores = scoring.scores()
-        rollouts = [
+        rollouts = iter(
             Rollout(
                 prompt_ids=request.prompt_ids,
                 response_ids=request.prefix_ids + completion.token_ids,
@@ -172,84 +211,82 @@ class Trainer:
                 reward=score.reward,
                 status=score.status,
             )
-            for (_, request), completion, text, score in zip(
-                planned, completions, texts, scores, strict=True
+            for request, completion, text, score in zip(
+                requests, completions, texts, scores, strict=True
             )
-        ]
-        size = config.rollout.group_size
-        return [tuple(rollouts[k : k + size]) for k in range(0, len(rollouts), size)]
+        )
+        return [tuple(islice(rollouts, len(plan))) for _, plan in planned]
 
-    def mini_batches(self, groups: Sequence[Group]) -> list[MiniBatch]:
-        """`prompts_per_update` groups each; one in which no rollout has a gradient is left out."""
-        size = self.config.trainer.prompts_per_update
-        mini_batches = []
-        for start in range(0, len(groups), size):
-            part = groups[start : start + size]
-            rows = [row for group in part for row in self.method.train_rows(group)]
-            if rows:
-                batch = pack(rows, device=self.policy.device, dtype=self.policy.stats_dtype)
-                num_rollouts = sum(len(group.rollouts) for group in part)
-                mini_batches.append(MiniBatch(rows=rows, batch=batch, num_rollouts=num_rollouts))
-        return mini_batches
+    def pack(self, mini_batch: MiniBatch, step_metrics: StepMetrics) -> TrainBatch:
+        """The rows in tensors; where the policy moves within the step, with its log-probs before.
 
-    def with_old_log_probs(self, mini_batch: MiniBatch, step_metrics: StepMetrics) -> MiniBatch:
-        """The log-probs of the policy that generated, for updates that move away from it."""
-        batch = mini_batch.batch
+        Raises:
+            LogProbGapError: the engine sampled from something else; nothing was updated.
+        """
+        batch = pack(mini_batch.rows, device=self.policy.device, dtype=self.policy.stats_dtype)
+        if self.updates_per_step == 1 or not takes_old_log_probs(self.method.loss(mini_batch)):
+            return batch
         with step_metrics.phase("old_policy"):
             log_probs, _ = self.token_stats(batch, range(len(batch.lengths)))
         check_gap(log_prob_gap(batch, log_probs), self.config.rollout.max_log_prob_gap)
-        return replace(mini_batch, batch=replace(batch, old_log_probs=log_probs))
+        return replace(batch, old_log_probs=log_probs)
 
-    def update(self, mini_batch: MiniBatch, step_metrics: StepMetrics) -> Update:
-        """Select prefix tokens, sum the gradient over micro-batches, take one optimizer step.
+    def update(self, mini_batch: MiniBatch, batch: TrainBatch, step_metrics: StepMetrics) -> Update:
+        """Prepare the batch, sum the gradient over micro-batches, take one optimizer step.
 
         A gradient that is not finite is dropped, and counted.
 
         Raises:
             LogProbGapError: the engine sampled from something else; nothing was updated.
         """
-        config, batch = self.config, mini_batch.batch
+        loss = self.method.loss(mini_batch)
         with step_metrics.phase("old_policy"):
-            hybrid = [i for i, row in enumerate(mini_batch.rows) if row.rollout.is_hybrid]
-            _, entropy = self.token_stats(batch, hybrid)
-            selected = self.method.select(entropy, batch, seed=self.step_index)
-            batch = replace(batch, selected_mask=selected)
+            rows = self.method.stats_rows(mini_batch)
+            stats = self.token_stats(batch, rows)
+            batch = self.method.prepare(batch, *stats, self.step_index)
+            entropy_before = stats[1]
         with step_metrics.phase("update"):
-            normalizer = mini_batch.num_rollouts * config.rollout.max_response_length
             # On the host, for the loss to know how many rows it computes: one wait an update.
-            is_active = (batch.response_mask & (~batch.prefix_mask | selected)).cpu()
-            log_probs, active_entropy = torch.zeros_like(entropy), torch.zeros_like(entropy)
+            is_active = batch.loss_mask.cpu()
+            log_probs, entropy = torch.zeros_like(entropy_before), torch.zeros_like(entropy_before)
             losses = []
-            for rows in self.micro_batches(batch.lengths):
-                index = token_index(batch, rows)
-                part = take_rows(batch, rows) if rows else dummy_batch(batch)
+            for picks in self.micro_batches(batch.lengths):
+                index = token_index(batch, picks)
+                part = take_rows(batch, picks) if picks else dummy_batch(batch)
                 active_rows = is_active[index.cpu()].nonzero()[:, 0].to(index.device)
                 part = replace(part, active_rows=active_rows)
-                out = self.method.loss(self.policy, part, normalizer)
+                out = self.policy.loss(part, normalizer=mini_batch.normalizer, loss=loss)
                 out.loss.backward()
                 log_probs[index] = out.log_probs[: len(index)]
-                active_entropy[index] = out.entropy[: len(index)]
+                entropy[index] = out.entropy[: len(index)]
                 losses.append(out.metrics | {"loss": out.loss.detach()})
             sums = {name: sum(each[name] for each in losses) for name in losses[0]}
-            del sums["ratio_max"]  # no sum
-            self.world.all_reduce(log_probs, active_entropy, *sums.values())
+            sums.pop("ratio_max", None)  # no sum
+            self.world.all_reduce(log_probs, entropy, *sums.values())
             if batch.old_log_probs is None:
-                check_gap(log_prob_gap(batch, log_probs), config.rollout.max_log_prob_gap)
-            parameters = self.policy.model.parameters()
-            grad_norm = clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
-            grad_norm = full_tensor(grad_norm).item()
-            if math.isfinite(grad_norm):
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+                check_gap(log_prob_gap(batch, log_probs), self.config.rollout.max_log_prob_gap)
+            grad_norm = self.optimizer_step(mini_batch.optimizer)
+        asked = torch.zeros_like(batch.prefix_mask)
+        asked[token_index(batch, rows)] = True
         return Update(
             rows=mini_batch.rows,
             batch=batch,
             log_probs=log_probs,
-            entropy=torch.where(batch.prefix_mask, entropy, active_entropy),
+            entropy=torch.where(batch.prefix_mask & asked, entropy_before, entropy),
             loss=sums.pop("loss"),
             sums=sums,
             grad_norm=grad_norm,
         )
+
+    def optimizer_step(self, name: str) -> float:
+        """Clip the gradient and apply it, if it is finite; its norm before."""
+        config, optimizer = self.optimizer_configs[name], self.optimizers[name]
+        norm = clip_grad_norm_(self.policy.model.parameters(), config.max_grad_norm)
+        norm = full_tensor(norm).item()
+        if math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def token_stats(
         self, batch: TrainBatch, rows: Sequence[int]
@@ -279,3 +316,23 @@ def fingerprint(problems: Sequence[Problem]) -> str:
         digest.update(repr((problem.prompt_ids, problem.demonstration_ids)).encode())
         digest.update(problem.answer.encode())
     return digest.hexdigest()[:16]
+
+
+def make_method(config: Config, tokenizer: PreTrainedTokenizerBase) -> Method:
+    """The method `config.method.name`, with its section."""
+    method = find_method(config.method.name)
+    setting = Setting(
+        seed=config.seed,
+        num_steps=config.trainer.num_steps,
+        prompts_per_step=config.trainer.prompts_per_step,
+        prompts_per_update=config.trainer.prompts_per_update,
+        group_size=config.rollout.group_size,
+        max_response_length=config.rollout.max_response_length,
+        eos_token_id=tokenizer.eos_token_id,
+        loss=config.loss,
+    )
+    return method(config.section(method), setting)
+
+
+def takes_old_log_probs(loss: PolicyConfig | TokenLoss) -> bool:
+    return not isinstance(loss, TokenLoss) or "old_log_probs" in loss.inputs

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_rft.checks import ConfigError, UserError
+from prefix_rft.cli import parse
 from prefix_rft.config import Config, config_from_dict, load_config, save_config
+from prefix_rft.methods import METHODS
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 FIELDS = [
@@ -107,8 +109,8 @@ def test_an_unknown_key_names_the_nearest_known_one(values, unknown, nearest):
             "loss.prefix_clip: expected 'same' or 'none' or [a number, a number], got 'sme'",
         ),
         (
-            {"method": {"selection_order": "hi"}},
-            "method.selection_order: expected 'high' or 'low' or 'random', got 'hi'",
+            {"prefix_rft": {"selection_order": "hi"}},
+            "prefix_rft.selection_order: expected 'high' or 'low' or 'random', got 'hi'",
         ),
     ],
 )
@@ -156,11 +158,12 @@ def test_a_value_out_of_bounds_names_them(section, key, value, expected):
         ("model", "max_position_embeddings", 9215),  # below 1024 + 8192
         ("rollout", "group_size", 1),
         ("rollout", "temperature", 0.0),
-        ("prefix", "num_hybrid", 8),  # of a group of 8
-        ("prefix", "min_prefix_tokens", 8192),
-        ("prefix", "low", 0.96),
+        ("prefix_rft", "num_hybrid", 8),  # of a group of 8
+        ("prefix_rft", "min_prefix_tokens", 8192),
+        ("prefix_rft", "low", 0.96),
         ("optimizer", "betas", [0.9, 1.0]),
         ("optimizer", "eps", 0.0),
+        ("optimizer", "final_lr_fraction", 0.1),  # of a constant schedule
         ("optimizer", "weight_decay", -1.0),
         ("trainer", "prompts_per_update", 60),  # of 128 a step
         ("trainer", "sample_every", 0),
@@ -173,6 +176,11 @@ def test_a_value_out_of_bounds_names_them(section, key, value, expected):
 def test_a_value_out_of_range_names_its_key(section, key, value):
     with pytest.raises(ConfigError, match=rf"\b{section}\.{key}\b.*: expected .*, got "):
         config_from_dict({section: {key: value}})
+
+
+def test_a_warm_up_is_given_in_steps_or_as_a_fraction():
+    with pytest.raises(ConfigError, match=r"^optimizer.warmup_fraction: expected 0 beside .*3"):
+        config_from_dict({"optimizer": {"warmup_steps": 3, "warmup_fraction": 0.1}})
 
 
 @pytest.mark.parametrize("values", [{"name": "a/b"}, {"name": ""}, {"seed": -1}])
@@ -225,6 +233,71 @@ def test_user_errors_are_no_value_errors():
     assert issubclass(ConfigError, UserError) and not issubclass(UserError, ValueError)
 
 
-def test_the_configuration_needs_no_torch():
-    code = "import sys, prefix_rft.config; sys.exit('torch' in sys.modules)"
+def test_command_line_configuration_and_methods_need_no_torch():
+    code = (
+        "import sys, prefix_rft.cli, prefix_rft.config, prefix_rft.methods\n"
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.fixture
+def own_method(tmp_path, monkeypatch):
+    """The name of a method of one's own with a section [mine]."""
+    (tmp_path / "own_method.py").write_text(
+        "from prefix_rft.checks import config_section\n"
+        "from prefix_rft.methods import Method\n"
+        "@config_section('mine')\n"
+        "class MineConfig:\n"
+        "    alpha: float = 0.5\n"
+        "class Mine(Method):\n"
+        "    name = 'mine'\n"
+        "    section = MineConfig\n"
+        "class Taken(Mine):\n"
+        "    name = 'data'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    known = dict(METHODS)
+    yield "own_method:Mine"
+    METHODS.clear()
+    METHODS.update(known)
+    sys.modules.pop("own_method", None)
+
+
+def test_a_method_of_ones_own_brings_its_section_to_file_and_command_line(own_method, tmp_path):
+    values = {"method": {"name": own_method}, "mine": {"alpha": 2}}
+    config = config_from_dict(values)
+    assert isinstance(config, Config) and config.mine.alpha == 2.0
+    path = tmp_path / "config.toml"
+    save_config(config, path)
+    assert load_config(path) == config
+    assert parse(["train", str(path), "--mine.alpha", "3"]).overrides.mine.alpha == 3.0
+    with pytest.raises(ConfigError, match=r"unknown key 'mine.alpa'; did you mean 'mine.alpha'\?"):
+        config_from_dict({"method": {"name": own_method}, "mine": {"alpa": 2}})
+
+
+def test_a_saved_configuration_has_no_section_that_nothing_would_find(own_method, tmp_path):
+    config_from_dict({"method": {"name": own_method}})
+    config = config_from_dict({})
+    assert config.mine
+    save_config(config, tmp_path / "config.toml")
+    assert "mine" not in (tmp_path / "config.toml").read_text()
+
+
+def test_a_method_may_not_take_the_name_of_a_section(own_method):
+    with pytest.raises(ConfigError, match="^method.name: expected .*, got 'data'"):
+        config_from_dict({"method": {"name": "own_method:Taken"}})
+
+
+def test_the_limits_of_a_method_count_where_it_is_chosen():
+    values = {"prefix_rft": {"num_hybrid": 8}, "rollout": {"group_size": 8}}
+    with pytest.raises(ConfigError, match=r"^prefix_rft.num_hybrid: expected below .*8.*, got 8"):
+        config_from_dict(values)
+    assert config_from_dict(values | {"method": {"name": "rft"}}).prefix_rft.num_hybrid == 8
+
+
+def test_an_unknown_method_lists_the_known_ones():
+    with pytest.raises(
+        ConfigError, match="^method.name: expected one of prefix_rft, rft, sft, or "
+    ):
+        config_from_dict({"method": {"name": "prefixrft"}})

@@ -14,6 +14,7 @@ from prefix_rft.config import load_config
 from prefix_rft.doctor.memory import memory_terms, peak_bytes, shortfalls
 from prefix_rft.doctor.shapes import Place, shapes_of
 
+SFT = "qwen2.5-math-7b-sft"
 SMALL = {"testbed", "gsm8k"}
 SHIPPED = {
     file.name.removesuffix(".toml"): file.read_text()
@@ -52,16 +53,24 @@ def test_there_is_one_for_each_model_and_for_single_gpus_of_both_sizes() -> None
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_setting_is_the_published_one(name) -> None:
+def test_data_model_and_rollouts_are_the_published_ones(name) -> None:
     config = load_config(name)
     assert config.name == name
     assert config.data.path == "Elliott/Openr1-Math-46k-8192"
     assert config.data.max_prompt_tokens == 1024
-    model, optimizer, trainer = config.model, config.optimizer, config.trainer
-    is_qwen = "Qwen" in model.path
-    assert (model.rope_theta, model.max_position_embeddings) == (
+    is_qwen = "Qwen" in config.model.path
+    assert (config.model.rope_theta, config.model.max_position_embeddings) == (
         (40_000, 16_384) if is_qwen else (None, None)
     )
+    rollout = config.rollout
+    assert rollout.engine == "vllm" and rollout.group_size == 8
+    assert (rollout.temperature, rollout.max_response_length) == (1.0, 8192)
+
+
+@pytest.mark.parametrize("name", sorted(set(PAPER) - {SFT}))
+def test_the_method_is_the_published_one(name) -> None:
+    config = load_config(name)
+    model, optimizer, trainer = config.model, config.optimizer, config.trainer
     assert optimizer.lr == (1e-6 if model.lora_rank is None else 1e-5)
     assert (optimizer.name, optimizer.schedule, optimizer.warmup_steps) == ("adamw", "constant", 0)
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.01, 1.0)
@@ -70,15 +79,23 @@ def test_the_setting_is_the_published_one(name) -> None:
         128,
         64,
     )
-    rollout, prefix, method = config.rollout, config.prefix, config.method
-    assert rollout.engine == "vllm" and rollout.group_size == 8
-    assert (rollout.temperature, rollout.max_response_length) == (1.0, 8192)
-    assert (prefix.num_hybrid, prefix.schedule, prefix.horizon_steps) == (1, "cosine_window", 500)
-    assert (prefix.low, prefix.high) == (0.05, 0.95)
-    assert (method.name, method.advantage) == ("prefix_rft", "joint")
+    assert config.method.name == "prefix_rft"
+    method = config.prefix_rft
+    assert (method.num_hybrid, method.schedule, method.horizon_steps) == (1, "cosine_window", 500)
+    assert (method.low, method.high, method.advantage) == (0.05, 0.95, "joint")
     assert (method.selection_fraction, method.selection_order) == (0.2, "high")
     assert (config.loss.clip_low, config.loss.clip_high) == (0.2, 0.2)
     assert config.loss.entropy_coef == 0.0
+
+
+def test_sft_follows_the_published_recipe() -> None:
+    config = load_config(SFT)
+    optimizer, trainer = config.optimizer, config.trainer
+    assert (config.method.name, config.sft.epochs) == ("sft", 3)
+    assert trainer.prompts_per_step == trainer.prompts_per_update == 64
+    assert (optimizer.name, optimizer.lr, optimizer.schedule) == ("adamw", 5e-5, "cosine")
+    assert (optimizer.warmup_fraction, optimizer.final_lr_fraction) == (0.1, 0.1)
+    assert (optimizer.betas, optimizer.weight_decay) == ((0.9, 0.999), 0.01)
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -188,6 +188,7 @@ def test_the_plan_of_a_sharded_update_is_what_a_real_one_holds(
         prefix_mask=~every,
         selected_mask=~every,
         advantages=torch.ones(num_tokens),
+        weights=torch.ones(num_tokens),
         rollout_log_probs=torch.zeros(num_tokens),
         active_rows=torch.arange(num_tokens),
     )
@@ -196,7 +197,7 @@ def test_the_plan_of_a_sharded_update_is_what_a_real_one_holds(
         optimizer = make_optimizer(policy.parameters(), config.optimizer, CPU)
 
         def backward() -> None:
-            policy.policy_loss(batch, normalizer=1.0, config=PolicyConfig()).loss.backward()
+            policy.loss(batch, normalizer=1.0, loss=PolicyConfig()).loss.backward()
 
         backward()
         optimizer.step()

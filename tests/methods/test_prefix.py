@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefix_rft.config.sections import PrefixConfig
-from prefix_rft.methods.prefix import cut_prefix, prefix_window
+from prefix_rft.methods.prefix import PrefixOptions, cut_prefix
 
 SCHEDULES = ("cosine_window", "cosine", "linear_window", "uniform", "constant")
 
@@ -14,7 +13,7 @@ SCHEDULES = ("cosine_window", "cosine", "linear_window", "uniform", "constant")
     ("step", "mean"), [(0, 0.95), (25, 0.884), (50, 0.725), (75, 0.566), (100, 0.5), (500, 0.5)]
 )
 def test_cosine_window_has_the_published_means(step: int, mean: float) -> None:
-    low, high = prefix_window(step, config=PrefixConfig(), horizon_steps=100)
+    low, high = PrefixOptions().window(step, num_steps=100)
     assert high == 0.95
     assert (low + high) / 2 == pytest.approx(mean, abs=5e-4)
 
@@ -30,14 +29,14 @@ def test_cosine_window_has_the_published_means(step: int, mean: float) -> None:
     ],
 )
 def test_every_schedule_at_its_ends_and_middle(schedule, start, middle, end) -> None:
-    config = PrefixConfig(schedule=schedule)
-    windows = [prefix_window(step, config=config, horizon_steps=10) for step in (0, 5, 10)]
+    options = PrefixOptions(schedule=schedule)
+    windows = [options.window(step, num_steps=10) for step in (0, 5, 10)]
     assert windows == [pytest.approx(window) for window in (start, middle, end)]
 
 
 def test_linear_and_cosine_differ_between_the_ends() -> None:
     cosine, linear = (
-        prefix_window(1, config=PrefixConfig(schedule=schedule), horizon_steps=4)[0]
+        PrefixOptions(schedule=schedule).window(1, num_steps=4)[0]
         for schedule in ("cosine_window", "linear_window")
     )
     assert linear == pytest.approx(0.725)

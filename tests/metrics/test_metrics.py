@@ -169,7 +169,7 @@ def test_plain_progress_is_one_line_a_step(tmp_path, capsys):
     assert message == "base [model] built"
     assert evaluation == "evaluation after 0 steps: greedy 0.25"
     assert step == (
-        "step 1/10 | reward 0.500 ordinary 0.450 hybrid 0.875 | prefix from 0.40 to 0.95 kept 0.20"
+        "step 1/10 | reward 0.500 on-policy 0.450 hybrid 0.875 | prefix from 0.40 to 0.95 kept 0.20"
         " | rollouts left out 0.25 | time 12.0s generate 8.25s | speed 12,346 tokens/s | left 1m48s"
     )
     assert last == "step 10/10"
@@ -183,7 +183,7 @@ def test_rich_progress_shows_the_same_figures_and_messages_above(tmp_path, capsy
         log.log(0, METRICS)
     output = capsys.readouterr().out
     assert output.index("base [model] built") < output.index("step 1/10")
-    for text in ("0.500 ordinary 0.450 hybrid 0.875", "12,346 tokens/s", "left 1m48s"):
+    for text in ("0.500 on-policy 0.450 hybrid 0.875", "12,346 tokens/s", "left 1m48s"):
         assert text in output
     assert "nan" not in output
 

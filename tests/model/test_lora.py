@@ -81,13 +81,13 @@ def test_new_adapters_change_nothing_and_follow_from_the_seed(saved) -> None:
 
 def test_gradients_are_the_chain_rule_on_those_of_the_merged_weights(saved, tmp_path) -> None:
     """dB = s dW A^T and dA = s B^T dW, where dW is the gradient of an ordinary model."""
-    batch, loss = make_batch(), {"normalizer": 100.0, "config": PolicyConfig()}
+    batch, loss = make_batch(), {"normalizer": 100.0, "loss": PolicyConfig()}
     model = adapted(saved)
     merged = load_model(ModelConfig(device="cpu", dtype="float64"), saved)
     merged.load_state_dict(dict(full_weights(model, dtype=torch.float64, bucket_bytes=10**9)))
     for each in (model, merged):
         policy = Policy(each, temperature=1.0, vocab_size=VOCAB)
-        policy.policy_loss(batch, **loss).loss.backward()
+        policy.loss(batch, **loss).loss.backward()
     named = dict(model.named_parameters())
     for name, weight in merged.named_parameters():
         if not any(part in name and "weight" in name for part in LINEAR):

@@ -52,7 +52,7 @@ def make_batch(*, seed: int = 0, dtype: torch.dtype = torch.float64) -> TrainBat
             status="wrong",
         )
         advantage = float(torch.randn((), generator=generator))
-        rows.append(TrainRow(rollout=rollout, advantage=advantage, prefix_advantage=-advantage))
+        rows.append(TrainRow.of_rollout(rollout, advantage=advantage, prefix_advantage=-advantage))
     batch = pack(rows, device=torch.device("cpu"), dtype=dtype)
     selected = batch.prefix_mask & (torch.rand(len(batch.targets), generator=generator) < 0.5)
     return TrainBatch(**(vars(batch) | {"selected_mask": selected}))
@@ -123,7 +123,7 @@ CONFIG = PolicyConfig(entropy_coef=0.01, importance_cap=1.5)
 def policy_gradients(policy, batches):
     policy.model.zero_grad(set_to_none=True)
     for batch in batches:
-        policy.policy_loss(batch, normalizer=77.0, config=CONFIG).loss.backward()
+        policy.loss(batch, normalizer=77.0, loss=CONFIG).loss.backward()
     return {name: p.grad.clone() for name, p in policy.model.named_parameters()}
 
 
@@ -149,7 +149,7 @@ def test_loss_and_gradient_equal_the_materialised_ones(make_model, attention, is
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     policy = Policy(model, temperature=0.7, vocab_size=VOCAB)
-    out = policy.policy_loss(batch, normalizer=77.0, config=CONFIG)
+    out = policy.loss(batch, normalizer=77.0, loss=CONFIG)
     torch.testing.assert_close(out.loss.double(), expected.detach(), rtol=0, atol=1e-6)
     active = torch.where(is_loss, log_probs, 0).detach()
     torch.testing.assert_close(out.log_probs, active, rtol=0, atol=1e-6)
@@ -171,12 +171,16 @@ def test_bfloat16_is_autocast_over_float32_weights(make_model):
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_the_loss_does_not_select_for_itself(tiny_model):
-    batch = TrainBatch(**(vars(make_batch(dtype=torch.float32)) | {"selected_mask": None}))
-    with pytest.raises(ValueError, match="batch.selected_mask: expected a mask"):
-        Policy(tiny_model, temperature=1.0, vocab_size=VOCAB).policy_loss(
-            batch, normalizer=1.0, config=PolicyConfig()
-        )
+def test_without_a_selection_all_tokens_of_demonstrations_have_a_loss(tiny_model):
+    batch = make_batch(dtype=torch.float32)
+    policy = Policy(tiny_model, temperature=1.0, vocab_size=VOCAB)
+
+    def loss(selected: torch.Tensor | None) -> torch.Tensor:
+        given = TrainBatch(**(vars(batch) | {"selected_mask": selected}))
+        return policy.loss(given, normalizer=1.0, loss=PolicyConfig()).loss
+
+    assert torch.equal(loss(None), loss(batch.prefix_mask))
+    assert not torch.equal(loss(None), loss(~batch.prefix_mask))
 
 
 # Models that cannot be trained

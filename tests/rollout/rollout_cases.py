@@ -36,8 +36,8 @@ def as_batch(
 ) -> TrainBatch:
     """The completions as the trainer packs them."""
     rows = [
-        TrainRow(
-            rollout=Rollout(
+        TrainRow.of_rollout(
+            Rollout(
                 prompt_ids=request.prompt_ids,
                 response_ids=request.prefix_ids + completion.token_ids,
                 prefix_length=len(request.prefix_ids),

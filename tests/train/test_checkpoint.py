@@ -60,7 +60,7 @@ def test_resume_continues_bit_for_bit(saved: Path) -> None:
     assert resumed.step_index == 2
     assert run(resumed, 2) == records[2:]
     assert is_equal(resumed.policy.model, whole.policy.model)
-    ours, theirs = (t.optimizer.state_dict()["state"] for t in (resumed, whole))
+    ours, theirs = (t.optimizers["policy"].state_dict()["state"] for t in (resumed, whole))
     for index in theirs:
         assert all(torch.equal(ours[index][name], theirs[index][name]) for name in theirs[index])
 
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_format_is_refused(saved: Path) -> None:
     description = json.loads((checkpoint / "trainer.json").read_text())
     (checkpoint / "trainer.json").write_text(json.dumps(description | {"format": 99}))
     (checkpoint / "manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="expected format 2, got 99"):
+    with pytest.raises(CheckpointError, match="expected format 3, got 99"):
         make_trainer(CONFIG).restore(checkpoint)
 
 

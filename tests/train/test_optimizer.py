@@ -15,7 +15,7 @@ from prefix_rft.train.checkpoint import (
     checkpoint_dir,
     load_checkpoint,
 )
-from prefix_rft.train.optimizer import make_optimizer, set_learning_rate
+from prefix_rft.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 
 CPU = torch.device("cpu")
 CONFIG = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
@@ -77,15 +77,30 @@ def test_the_8_bit_state_takes_two_bytes_a_weight_and_survives_a_checkpoint(
         state = TrainerState(step=1, data_fingerprint="data")
         options = {"keep": 1, "in_background": in_background, "world": world}
         with CheckpointWriter(tmp_path, **options) as checkpoints:
-            checkpoints.save(model, optimizer, state)
+            checkpoints.save(model, {"policy": optimizer}, state)
             take_step(model, optimizer, 2)  # while it is written
 
         resumed, other = make()
         path = checkpoint_dir(tmp_path, 1)
-        load_checkpoint(path, resumed, other, data_fingerprint="data", world=world)
+        load_checkpoint(path, resumed, {"policy": other}, data_fingerprint="data", world=world)
         take_step(resumed, other, 2)
         assert torch.equal(full_tensor(resumed.weight), full_tensor(model.weight))
         assert not torch.equal(full_tensor(model.weight), make_model().weight)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "fractions"),
+    [
+        ("linear", [1 / 3, 2 / 3, 1, 0.8, 0.6, 0.4]),  # 0.2 at step 6
+        ("cosine", [1 / 3, 2 / 3, 1, 0.8828, 0.6, 0.3172]),
+    ],
+)
+def test_warm_up_and_end_of_the_learning_rate_can_be_fractions(schedule, fractions) -> None:
+    config = OptimizerConfig(
+        lr=2.0, schedule=schedule, warmup_fraction=1 / 3, final_lr_fraction=0.2
+    )
+    rates = [learning_rate(step, config, 6) for step in range(6)]
+    assert rates == pytest.approx([2 * fraction for fraction in fractions], abs=1e-4)
 
 
 def test_torchao_that_is_not_there_is_one_clear_error(monkeypatch) -> None:

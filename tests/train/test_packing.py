@@ -21,7 +21,7 @@ def make_row(prompt, response, prefix_length, advantage=1.0, prefix_advantage=2.
         reward=1.0,
         status="correct",
     )
-    return TrainRow(rollout=rollout, advantage=advantage, prefix_advantage=prefix_advantage)
+    return TrainRow.of_rollout(rollout, advantage=advantage, prefix_advantage=prefix_advantage)
 
 
 def pack_cpu(rows):

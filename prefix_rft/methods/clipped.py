@@ -1,0 +1,44 @@
+"""The section [loss]: the clipped objective that methods of policy gradient share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from prefix_rft.checks import config_section, require
+
+if TYPE_CHECKING:
+    from rft_kernels import PolicyConfig
+
+
+@config_section("loss")
+class LossConfig:
+    """The clipped objective; the fields of `rft_kernels.PolicyConfig`."""
+
+    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2
+    # Largest ratio that counts where the advantage is negative; None: any.
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    # Of prefix tokens: as the others, not at all, or (low, high) of their own.
+    prefix_clip: Literal["same", "none"] | tuple[float, float] = "same"
+    importance_level: Literal["token", "sequence"] = "token"  # what a ratio is taken of
+    # Largest weight that corrects for the engine's log-probs; None: no correction.
+    importance_cap: Annotated[float, Field(gt=0)] | None = None
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0  # of the entropy bonus
+
+    def __post_init__(self) -> None:
+        _require_clip_range((self.clip_low, self.clip_high), "loss.clip_low, loss.clip_high")
+        if isinstance(self.prefix_clip, tuple):
+            _require_clip_range(self.prefix_clip, "loss.prefix_clip")
+
+    def policy_config(self) -> PolicyConfig:
+        from rft_kernels import PolicyConfig
+
+        return PolicyConfig(**asdict(self))
+
+
+def _require_clip_range(clip: tuple[float, float], key: str) -> None:
+    low, high = clip
+    require(0 <= low < 1 and high >= 0, key, "offsets from 1: 0 <= low < 1 and high >= 0", clip)
