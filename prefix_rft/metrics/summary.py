@@ -20,7 +20,7 @@ def result_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str
     ]
     return [
         (
-            name.replace("_", " "),
+            name.removesuffix("_frac").replace("_", " "),
             _text(name, base),
             _text(name, trained),
             _change(name, base.get(name), trained.get(name)),

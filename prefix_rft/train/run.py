@@ -79,17 +79,17 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
         base = world.broadcast(lambda: base)
         with interrupt.cancellable() if world.size == 1 else nullcontext():
             setup = stack.enter_context(Setup(config, base, world))
-            config, problems = _for_method(config, setup.data.train)
+            trainer = setup.trainer()
+            config = trainer.config
             if _is_finished(config, summary, checkpoints):
                 return _nothing_left(run_dir, summary, world)
-            trainer = setup.trainer(config, problems)
         if not checkpoints:
             world.broadcast(lambda: save_config(config, run_dir / CONFIG_FILE))
         logger = stack.enter_context(_logger(config, world, checkpoints))
         for report in setup.data.reports:
             logger.message(str(report))
-        if len(problems) < len(setup.data.train):
-            left_out = len(setup.data.train) - len(problems)
+        left_out = len(setup.data.train) - len(trainer.problems)
+        if left_out:
             logger.message(f"{config.method.name} cannot learn from {left_out} problems: left out")
         if "base" not in summary:
             logger.message("evaluating the base model")
@@ -241,7 +241,13 @@ class Setup:
         if kind is None:  # else other ranks may be gone, and the process ends
             self.engine.close()
 
-    def trainer(self, config: Config, problems: list[Problem]) -> Trainer:
+    def trainer(self) -> Trainer:
+        """In the state of step 0; its configuration knows the number of steps.
+
+        Raises:
+            ConfigError: the method cannot learn from any problem.
+        """
+        config, problems = _for_method(self.config, self.data.train)
         return Trainer(
             config,
             policy=self.policy,
