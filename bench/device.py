@@ -21,6 +21,7 @@ from bench.harness import (
     MIB,
     interleaved_ms,
     machine,
+    peak_above_mib,
     require_triton,
     spread,
     write_csv,
@@ -249,7 +250,8 @@ def _event_round(calls: Calls, flush: Tensor) -> dict[str, float]:
 
 def copy_gb_s(device: torch.device, *, smoke: bool) -> float:
     """Bytes read and written a second by a large copy on the device, in GB/s: the floor's speed."""
-    source = torch.randint(-128, 127, (2**24 if smoke else 2**31,), dtype=torch.int8, device=device)
+    size = 2**24 if smoke or device.type == "cpu" else 2**31
+    source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     call = {"copy": lambda: target.copy_(source)}
     if device.type == "cuda":
@@ -261,9 +263,9 @@ def copy_gb_s(device: torch.device, *, smoke: bool) -> float:
 
 
 def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
-    """Most memory allocated during the call above what was before it, MiB; NaN on a CPU."""
+    """Most memory allocated during the call above what was before it, MiB; on a CPU resident."""
     if device.type == "cpu":
-        return float("nan")
+        return peak_above_mib(call)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

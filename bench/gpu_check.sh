@@ -5,7 +5,7 @@
 #
 # WHEELS  rivals as wheels, and what they need; installed into a temporary folder, nothing is fetched
 # PARTS   logits (default): rivals versions tests memcheck token_stats policy_loss one_launch selection pictures
-#         hidden: rivals versions linear_rivals update_step memory_table pictures
+#         hidden: rivals versions linear_rivals token_loss update_step memory_table pictures
 #         or some of these by name; memory_table takes the time that is left, so it goes further alone
 # OUT     where CSVs and logs go; default bench/results/<gpu>
 # A smoke run on a CPU takes a few tests in Triton's interpreter beside those of a GPU, which skip there.
@@ -19,7 +19,7 @@ SMOKE=""
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 case ${PARTS:=logits} in
   logits) PARTS="rivals versions tests memcheck token_stats policy_loss one_launch selection pictures" ;;
-  hidden) PARTS="rivals versions linear_rivals update_step memory_table pictures" ;;
+  hidden) PARTS="rivals versions linear_rivals token_loss update_step memory_table pictures" ;;
 esac
 STATUS=0
 LIMIT=590 # s, of everything
@@ -100,6 +100,7 @@ for bench in "token_stats 80" "policy_loss 55" "one_launch 45" "selection 15"; d
 done
 # It runs tests of its own, and a shape of it is long: it has 130 s more than its budget.
 part linear_rivals 280 "$PYTHON" -m bench.linear_rivals $SMOKE $GREEN --budget-s 150 --out "$OUT/linear_rivals.csv"
+part token_loss 50 "$PYTHON" -m bench.token_loss $SMOKE $GREEN --budget-s 30 --out "$OUT/token_loss.csv"
 part update_step 70 "$PYTHON" -m bench.update_step $SMOKE --out "$OUT/update_step.csv"
 # 75 s of what is left are for the trials that have begun, and the pictures.
 part memory_table "$LIMIT" "$PYTHON" -m bench.memory_table $SMOKE --budget-s $((LIMIT - SECONDS - 75)) --out "$OUT/memory_table.csv"

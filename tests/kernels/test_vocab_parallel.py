@@ -8,7 +8,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from kernel_cases import loss_inputs, seeded
-from rft_kernels import LMHead, PolicyConfig, linear_prefix_rft_loss, linear_token_stats
+from rft_kernels import (
+    LMHead,
+    PolicyConfig,
+    linear_prefix_rft_loss,
+    linear_token_loss,
+    linear_token_stats,
+    reference,
+)
+from test_token_loss import FUNCTIONS, options_of
+from test_token_loss import case as function_case
+from test_token_loss import positional as leading
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -27,6 +37,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+FUNCTION_OPTIONS = {"softcap": 2.0, "temperature": 0.7}
+
+
 def case(name: str, selecting: bool) -> dict[str, Any]:
     inputs = loss_inputs() | {"config": CONFIG} | CASES[name]
     if not selecting:
@@ -43,10 +56,17 @@ def case(name: str, selecting: bool) -> dict[str, Any]:
 
 def outputs(inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Loss, statistics and gradients; twice the loss, to see that its gradient is heeded."""
-    found = linear_prefix_rft_loss(**inputs, **options)
+    op = linear_token_loss if "loss_fn" in inputs else linear_prefix_rft_loss
+    found = op(**inputs, **options)
     (2 * found.loss).backward()
     grads = {k: inputs[k].grad for k in ("hidden", *SHARDED) if inputs[k] is not None}
     return {"loss": found.loss.detach(), "stats": found[1:4], "grads": grads}
+
+
+def own(inputs: dict[str, Any], sizes: list[int], rank: int) -> dict[str, Any]:
+    """The inputs, with this rank's classes alone."""
+    sharded = {k: inputs[k] for k in SHARDED if inputs[k] is not None}
+    return inputs | {k: x.detach().split(sizes)[rank].requires_grad_() for k, x in sharded.items()}
 
 
 def on_rank(rank: int, store: str, results: Any) -> None:
@@ -56,10 +76,7 @@ def on_rank(rank: int, store: str, results: Any) -> None:
     for name in CASES:
         for selecting in (False, True):
             for form, sizes in SIZES.items():
-                inputs = case(name, selecting)
-                for key in SHARDED:
-                    if inputs[key] is not None:
-                        inputs[key] = inputs[key].detach().split(sizes)[rank].requires_grad_()
+                inputs = own(case(name, selecting), sizes, rank)
                 found = outputs(inputs, process_group=dist.group.WORLD)
                 results[name, selecting, form, rank] = found
             inputs = case(name, selecting)
@@ -72,6 +89,11 @@ def on_rank(rank: int, store: str, results: Any) -> None:
                 k: x.to_local() if isinstance(x, DTensor) else x for k, x in found["grads"].items()
             }
             results[name, selecting, "DTensor", rank] = found
+    for loss_fn in FUNCTIONS:
+        for form, sizes in SIZES.items():
+            inputs = own(function_case(loss_fn, FUNCTION_OPTIONS), sizes, rank)
+            found = outputs(inputs, process_group=dist.group.WORLD, check=True)
+            results[loss_fn.__name__, form, rank] = found
     others(rank, mesh, results)
     dist.barrier()
     os._exit(0)  # a torn down interpreter can abort on a thread of the process group
@@ -85,9 +107,7 @@ def others(rank: int, mesh: Any, results: Any) -> None:
         crossed.append(x.numel())
         return all_reduce(x, *arguments, **options)
 
-    inputs = case("plain", selecting=True)
-    for key in SHARDED:
-        inputs[key] = inputs[key].detach().split([20, 13])[rank].requires_grad_()
+    inputs = own(case("plain", selecting=True), [20, 13], rank)
     dist.all_reduce = counted
     group = {"process_group": dist.group.WORLD}
     loss = linear_prefix_rft_loss(**inputs, **group).loss
@@ -152,8 +172,23 @@ def results(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("selecting", [False, True], ids=["one pass", "two passes"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_equal_one(results, name, selecting, form):
-    expected = outputs(case(name, selecting))
-    first, second = (results[name, selecting, form, rank] for rank in (0, 1))
+    ranks = [results[name, selecting, form, rank] for rank in (0, 1)]
+    assert_equal(*ranks, outputs(case(name, selecting)))
+
+
+@pytest.mark.parametrize("form", SIZES)
+@pytest.mark.parametrize("loss_fn", FUNCTIONS, ids=lambda f: f.__name__)
+def test_a_function_sees_the_same_on_two_ranks(results, loss_fn, form):
+    inputs = function_case(loss_fn, FUNCTION_OPTIONS)
+    expected = reference.linear_token_loss(*leading(inputs), **options_of(inputs))
+    (2 * expected.loss).backward()
+    grads = {k: inputs[k].grad for k in ("hidden", *SHARDED)}
+    truth = {"loss": expected.loss.detach(), "stats": expected[1:4], "grads": grads}
+    assert_equal(*(results[loss_fn.__name__, form, rank] for rank in (0, 1)), truth)
+
+
+def assert_equal(first: dict, second: dict, expected: dict) -> None:
+    """What two ranks found, which is the same on both or by classes, is what one finds."""
     assert torch.equal(first["loss"], second["loss"])
     assert torch.equal(first["grads"]["hidden"], second["grads"]["hidden"])
     close = {"rtol": 1e-10, "atol": 1e-14}
