@@ -1,5 +1,6 @@
 """The command `prefix-rft`. Each subcommand imports the heavy modules it needs when it runs."""
 
+import argparse
 import json
 import os
 import signal
@@ -13,7 +14,15 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from prefix_rft.checks import UserError
-from prefix_rft.config import CONFIG_FILE, Config, is_run_folder, load_config, model_at
+from prefix_rft.config import (
+    CONFIG_FILE,
+    Config,
+    config_type,
+    is_run_folder,
+    load_config,
+    model_at,
+)
+from prefix_rft.methods import DEFAULT_METHOD, find_method
 
 Overrides = Annotated[Config, arg(name="")]
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]
@@ -158,7 +167,11 @@ def parse(argv: Sequence[str]) -> Command:
     """
     first = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None
     name = argv[0] if argv else None
-    config = Config()
+    # A method of one's own adds options, so it must be known before they are read.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--method.name", dest="method", default=DEFAULT_METHOD)
+    find_method(early.parse_known_args(argv)[0].method)
+    config = config_type()()
     given = _FIRST.get(name)
     if first is not None and given == "config":
         config = load_config(first)

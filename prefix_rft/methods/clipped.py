@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from prefix_rft.checks import config_section, require
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 class LossConfig:
     """The clipped objective; the fields of `rft_kernels.PolicyConfig`."""
 
-    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.2
-    # Largest ratio that counts where the advantage is negative; None: any.
+    clip_low: float = 0.2  # ratios are clipped at 1 - clip_low from below
+    clip_high: float = 0.2  # and at 1 + clip_high from above
+    # largest ratio that counts where the advantage is negative; None: any
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    # Of prefix tokens: as the others, not at all, or (low, high) of their own.
+    # clip of prefix tokens: that of the others, none, or their own [low, high]
     prefix_clip: Literal["same", "none"] | tuple[float, float] = "same"
-    importance_level: Literal["token", "sequence"] = "token"  # what a ratio is taken of
-    # Largest weight that corrects for the engine's log-probs; None: no correction.
-    importance_cap: Annotated[float, Field(gt=0)] | None = None
-    entropy_coef: Annotated[float, Field(ge=0)] = 0.0  # of the entropy bonus
+    importance_level: Literal["token", "sequence"] = "token"  # what a ratio is taken over
+    # largest weight that corrects for the engine's log-probs; None: no correction
+    importance_cap: PositiveFloat | None = None
+    entropy_coef: NonNegativeFloat = 0.0  # coefficient of the entropy bonus
 
     def __post_init__(self) -> None:
         _require_clip_range((self.clip_low, self.clip_high), "loss.clip_low, loss.clip_high")

@@ -5,28 +5,26 @@ Source: arXiv 2507.01679, section 3 (window with a cosine-decaying lower end).
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
+from pydantic import NonNegativeInt, PositiveInt
 
-from prefix_rft.checks import config_section, require
+from prefix_rft.checks import Fraction, config_section, require
 from prefix_rft.data_types import Problem, RolloutRequest
 
 Schedule = Literal["cosine_window", "cosine", "linear_window", "uniform", "constant"]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
 
 
 @config_section("prefix")
 class PrefixOptions:
     """The fields that the sections of methods with hybrid rollouts begin with."""
 
-    num_hybrid: Annotated[int, Field(ge=0)] = 1  # rollouts of a group that start from a prefix
-    schedule: Schedule = "cosine_window"
-    low: Fraction = 0.05  # shortest and longest prefix, as fractions of the demonstration
-    high: Fraction = 0.95
-    horizon_steps: Positive | None = None  # steps of the decay; None: the run's own number
-    min_prefix_tokens: Positive = 1
+    num_hybrid: NonNegativeInt = 1  # rollouts of a group that start from a prefix
+    schedule: Schedule = "cosine_window"  # how the prefixes shorten over the steps
+    low: Fraction = 0.05  # shortest prefix, as a fraction of the demonstration
+    high: Fraction = 0.95  # longest prefix, as a fraction of the demonstration
+    horizon_steps: PositiveInt | None = None  # steps of the schedule; None: those of the run
+    min_prefix_tokens: PositiveInt = 1  # tokens of a prefix at least
 
     def __post_init__(self) -> None:
         require(self.low <= self.high, f"{self.key}.low", f"at most high ({self.high})", self.low)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from prefix_rft.checks import config_section, require
+from prefix_rft.checks import Fraction, config_section, require
 from prefix_rft.data_types import Group, MiniBatch, Problem, RolloutRequest, TrainBatch
 from prefix_rft.methods.advantage import Advantage, group_advantages
-from prefix_rft.methods.prefix import Fraction, PrefixOptions
+from prefix_rft.methods.prefix import PrefixOptions
 from prefix_rft.methods.prefix_figures import CHARTS, PROGRESS, prefix_figures
 from prefix_rft.methods.rft import RFT
 
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 @config_section("prefix_rft")
 class PrefixRFTConfig(PrefixOptions):
-    advantage: Literal["joint", "exclude_hybrid"] = "joint"  # whose mean is the baseline
-    drop_negative_prefix_advantage: bool = False
-    selection_fraction: Fraction = 0.2  # of the prefix tokens, that get gradient
-    selection_scope: Literal["minibatch", "sequence"] = "minibatch"
-    selection_order: Literal["high", "low", "random"] = "high"  # by entropy
+    """Hybrid rollouts, their advantages, and which of their prefix tokens are trained on."""
+
+    advantage: Literal["joint", "exclude_hybrid"] = "joint"  # rollouts that set the baseline
+    drop_negative_prefix_advantage: bool = False  # prefix tokens count only where it is positive
+    selection_fraction: Fraction = 0.2  # fraction of the prefix tokens that are trained on
+    selection_scope: Literal["minibatch", "sequence"] = "minibatch"  # pool to select from
+    selection_order: Literal["high", "low", "random"] = "high"  # entropy of those selected
 
 
 class PrefixRFT(RFT):

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pydantic import PositiveInt
+
 from prefix_rft.checks import config_section
 from prefix_rft.data_types import Group, MiniBatch, Problem, RolloutRequest, Segment, TrainRow
 from prefix_rft.methods.method import Figure, Method, TokenLoss
-from prefix_rft.methods.prefix import Positive
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 @config_section("sft")
 class SFTConfig:
-    epochs: Positive | None = None  # passes over the problems; None: trainer.num_steps steps
+    """How long to train on the demonstrations."""
+
+    epochs: PositiveInt | None = None  # passes over the problems; None: trainer.num_steps steps
 
 
 def negative_log_likelihood(log_probs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:

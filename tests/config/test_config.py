@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+from dataclasses import replace
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -271,9 +272,19 @@ def test_a_method_of_ones_own_brings_its_section_to_file_and_command_line(own_me
     path = tmp_path / "config.toml"
     save_config(config, path)
     assert load_config(path) == config
-    assert parse(["train", str(path), "--mine.alpha", "3"]).overrides.mine.alpha == 3.0
+    assert parse(["train", str(path), "--mine.alpha", "3"]).overrides == replace(
+        config, mine=replace(config.mine, alpha=3.0)
+    )
     with pytest.raises(ConfigError, match=r"unknown key 'mine.alpa'; did you mean 'mine.alpha'\?"):
         config_from_dict({"method": {"name": own_method}, "mine": {"alpa": 2}})
+
+
+@pytest.mark.parametrize(
+    "name", [["--method.name", "own_method:Mine"], ["--method.name=own_method:Mine"]]
+)
+def test_the_command_line_can_name_a_method_of_ones_own(own_method, name):
+    config = parse(["train", "testbed", *name, "--mine.alpha", "3"]).overrides
+    assert (config.method.name, config.mine.alpha) == (own_method, 3.0)
 
 
 def test_a_saved_configuration_has_no_section_that_nothing_would_find(own_method, tmp_path):

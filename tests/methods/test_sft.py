@@ -144,5 +144,5 @@ def test_problems_without_a_demonstration_are_left_out_and_none_is_an_error(tmp_
 
 
 def test_epochs_below_one_are_refused() -> None:
-    with pytest.raises(ConfigError, match="sft.epochs: expected a whole number of at least 1"):
+    with pytest.raises(ConfigError, match="sft.epochs: expected a whole number above 0"):
         config_from_dict({"sft": {"epochs": 0}})
