@@ -174,4 +174,5 @@ class Update:
     entropy: torch.Tensor  # [T] nats, likewise, but known too where the method asked beforehand
     loss: torch.Tensor  # scalar
     sums: dict[str, torch.Tensor]  # the loss's metrics
+    gap: torch.Tensor  # [N] nats, see `log_prob_gap`; empty where the policy had moved unseen
     grad_norm: float  # before clipping; not finite: the update was skipped

@@ -64,7 +64,7 @@ def _measure_update(step_metrics: StepMetrics, update: Update) -> None:
     step_metrics.mean(
         "policy/continuation_entropy_mean", update.entropy[continuation].sum(), continuation.sum()
     )
-    for name, value in gap_metrics(log_prob_gap(batch, update.log_probs)).items():
+    for name, value in gap_metrics(update.gap).items():
         step_metrics.maximum(f"rollout/log_prob_gap_{name}", value)
 
 

@@ -103,10 +103,10 @@ class Trainer:
                 lr = learning_rate(self.step_index, config, self.config.trainer.num_steps)
                 set_learning_rate(self.optimizers[name], lr)
                 step_metrics.add("optim/lr" if name == POLICY else f"optim/{name}_lr", lr)
-            updates = [
-                self.update(mini_batch, batch, step_metrics)
-                for mini_batch, batch in zip(mini_batches, batches, strict=True)
-            ]
+            updates: list[Update] = []
+            for mini_batch, batch in zip(mini_batches, batches, strict=True):
+                has_moved = bool(updates)
+                updates.append(self.update(mini_batch, batch, step_metrics, has_moved=has_moved))
             self.step_index += 1
         measure_rollouts(step_metrics, groups)
         measure_updates(step_metrics, groups, updates)
@@ -231,11 +231,20 @@ class Trainer:
         check_gap(log_prob_gap(batch, log_probs), self.config.rollout.max_log_prob_gap)
         return replace(batch, old_log_probs=log_probs)
 
-    def update(self, mini_batch: MiniBatch, batch: TrainBatch, step_metrics: StepMetrics) -> Update:
+    def update(
+        self,
+        mini_batch: MiniBatch,
+        batch: TrainBatch,
+        step_metrics: StepMetrics,
+        *,
+        has_moved: bool = False,
+    ) -> Update:
         """Prepare the batch, sum the gradient over micro-batches, take one optimizer step.
 
         A gradient that is not finite is dropped, and counted.
 
+        Args:
+            has_moved: the policy is no longer the one that generated.
         Raises:
             LogProbGapError: the engine sampled from something else; nothing was updated.
         """
@@ -263,8 +272,10 @@ class Trainer:
             sums = {name: sum(each[name] for each in losses) for name in losses[0]}
             sums.pop("ratio_max", None)  # no sum
             self.world.all_reduce(log_probs, entropy, *sums.values())
+            gap = log_prob_gap(batch, log_probs)
             if batch.old_log_probs is None:
-                check_gap(log_prob_gap(batch, log_probs), self.config.rollout.max_log_prob_gap)
+                gap = gap[:0] if has_moved else gap
+                check_gap(gap, self.config.rollout.max_log_prob_gap)
             grad_norm = self.optimizer_step(mini_batch.optimizer)
         asked = torch.zeros_like(batch.prefix_mask)
         asked[token_index(batch, rows)] = True
@@ -275,6 +286,7 @@ class Trainer:
             entropy=torch.where(batch.prefix_mask & asked, entropy_before, entropy),
             loss=sums.pop("loss"),
             sums=sums,
+            gap=gap,
             grad_norm=grad_norm,
         )
 

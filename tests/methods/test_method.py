@@ -190,3 +190,36 @@ def test_a_name_that_is_taken_is_refused() -> None:
     other = type("Other", (Method,), {"name": "rft"})
     with pytest.raises(ValueError, match="'rft' is already that of RFT"):
         register(other)
+
+
+class Likelihood(Method):
+    """Every rollout is made more likely, whatever its reward."""
+
+    name = "likelihood"
+
+    def plan_group(self, problem: Problem, step: int) -> list[RolloutRequest]:
+        return [RolloutRequest(prompt_ids=problem.prompt_ids, max_new_tokens=MAX_LENGTH)] * 3
+
+    def mini_batches(self, groups: Sequence[Group], step: int) -> list[MiniBatch]:
+        rows = [
+            TrainRow.of_rollout(rollout, advantage=1.0, prefix_advantage=0.0)
+            for group in groups
+            for rollout in group.rollouts
+        ]
+        return [MiniBatch(rows=rows[k::2], normalizer=100.0) for k in range(2)]
+
+    def loss(self, mini_batch: MiniBatch) -> TokenLoss:
+        return TokenLoss(lambda log_probs, entropy: -log_probs)
+
+
+def test_the_gap_is_that_of_the_policy_that_generated() -> None:
+    """The second update of a step sees another policy, and may: it takes no ratio."""
+    METHODS["likelihood"] = Likelihood
+    values = CONFIG | {"method": {"name": "likelihood"}}
+    values["rollout"] = CONFIG["rollout"] | {"max_log_prob_gap": 1e-4}
+    try:
+        trainer = make_trainer(values)
+        metrics, _ = trainer.train_step(Interrupt())
+    finally:
+        del METHODS["likelihood"]
+    assert metrics["rollout/log_prob_gap_mean"] < 1e-4
