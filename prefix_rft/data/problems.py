@@ -1,9 +1,9 @@
-"""Rows -> problems: tokenising, dropping what is unusable, and the order of training."""
+"""Rows -> problems: dropping unusable rows, tokenising, and the order of training."""
 
 import dataclasses
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,19 +12,19 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.config import Config, DataConfig
-from prefix_rft.data.columns import DataError, Message, Row, find_map
+from prefix_rft.data.columns import ColumnMap, DataError, Message, Row, find_map
 from prefix_rft.data.load_report import Findings, LoadReport
 from prefix_rft.data.sources import load_rows
 from prefix_rft.data.testbed import make_rows
 from prefix_rft.data_types import Problem
 from prefix_rft.reward import Grader, clean_answer, plain_number
 
-_TOKENIZER_BATCH = 256  # texts; the tokenizer holds some hundred bytes a token meanwhile
+_TOKENIZER_BATCH = 256  # texts; the tokenizer needs some hundred bytes per token for a batch
 _THINK = "<think>\n"
 
 
 class LoadedProblems(NamedTuple):
-    """All problems of a run; the reports are one per source."""
+    """All problems of a run, with one report per source."""
 
     train: list[Problem]
     held_out: list[Problem]  # without demonstrations
@@ -34,8 +34,9 @@ class LoadedProblems(NamedTuple):
 def load_problems(config: Config, tokenizer: PreTrainedTokenizerBase) -> LoadedProblems:
     """The training and the held-out problems of a run.
 
-    The held-out ones are, with `data.eval_path`, at most `data.num_eval` of its problems, evenly
-    spaced; without it, the last `data.num_eval` of `data.path`, or as many made for the testbed.
+    Held out are at most `data.num_eval` problems of `data.eval_path`, evenly spaced. Without
+    `data.eval_path` they are the last `data.num_eval` problems of `data.path`, or, for the testbed,
+    as many that are generated separately.
 
     Raises:
         DataError: see `load_rows`, `problems_from_rows`, `split_held_out`.
@@ -85,60 +86,44 @@ def problems_from_rows(
     held_out: bool = False,
     source: str = "rows",
 ) -> tuple[list[Problem], LoadReport]:
-    """Tokenised problems, in the order of the rows, and what became of the rows that are none.
+    """Tokenised problems, in the order of the rows, and a report on the rows that were dropped.
 
-    A prompt is rendered by the chat template and tokenised as it stands; a demonstration is
-    tokenised on its own, without the `<think>` line that the template may have written already.
-    Neither gets special tokens.
+    A prompt is rendered with the chat template and tokenised as is. A demonstration is tokenised on
+    its own, without a leading `<think>` line if the template has already written it. No special
+    tokens are added to either.
 
     Args:
-        rows: a `datasets.Dataset`, or dicts with the keys of the first.
+        rows: a `datasets.Dataset`, or dicts that all have the keys of the first.
         config: the section `[data]`.
-        tokenizer: with a chat template.
-        max_response_length: of a rollout, in tokens; a demonstration must leave one token of it.
+        tokenizer: must have a chat template.
+        max_response_length: longest rollout in tokens; a demonstration must be shorter than that.
         check_answers: drop rows whose gold answer the math grader cannot parse.
-        held_out: rows for evaluation: `eval_columns` count, and demonstrations are not read.
-        source: how the report and messages call the rows.
+        held_out: rows for evaluation: `eval_columns` applies, and demonstrations are not read.
+        source: what the report and messages call the rows.
 
     Raises:
-        DataError: no rows, unknown columns, no usable row, a tokenizer without a template, or, with
-            `data.strict`, any finding.
+        DataError: no rows, unknown columns, no usable row, a tokenizer without a chat template, or,
+            with `data.strict`, any finding.
     """
     rows = rows if isinstance(rows, datasets.Dataset) else list(rows)
     place = f"{'data.eval_path' if held_out else 'data.path'}: {source}"
     if len(rows) == 0:
         raise DataError(f"{place}: no rows")
     if tokenizer.chat_template is None:
-        raise DataError("the tokenizer has no chat template; give one in model.chat_template")
+        raise DataError("the tokenizer has no chat template; set one in model.chat_template")
     names = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0])
     key = "eval_columns" if held_out else "columns"
     layout = find_map(names, getattr(config, key), key=f"data.{key}", source=place)
 
     findings = Findings()
-    drafts = []
-    for index, row in enumerate(rows):
-        prompt, answer, demonstration = layout.read(row)
-        messages = _messages(prompt, config.system_prompt)
-        if messages is None:
-            findings.add("no_prompt", index, prompt)
-        elif answer is None or not clean_answer(answer):
-            findings.add("no_answer", index, row.get("answer", answer))
-        else:
-            drafts.append(
-                Problem(
-                    index=index,
-                    prompt=_render(messages, tokenizer, index),
-                    prompt_ids=(),
-                    answer=answer,
-                    demonstration=None if held_out else demonstration,
-                    columns=dict(row),
-                )
-            )
+    drafts = _drafts(rows, layout, tokenizer, config.system_prompt, findings)
+    if held_out:
+        drafts = [dataclasses.replace(draft, demonstration=None) for draft in drafts]
     if check_answers:
         drafts = _with_parseable_answer(drafts, findings)
-    problems = list(
-        _tokenize(drafts, tokenizer, config.max_prompt_tokens, max_response_length - 1, findings)
-    )
+    tokenized = _tokenized(drafts, tokenizer)
+    limits = config.max_prompt_tokens, max_response_length - 1
+    problems = list(_within_limits(tokenized, *limits, findings))
     report = LoadReport(
         source=source,
         layout=layout.name,
@@ -157,7 +142,7 @@ def problems_from_rows(
 def keep_demonstrations(problems: Sequence[Problem], fraction: float, seed: int) -> list[Problem]:
     """`problems` with exactly `round(fraction * n)` of their n demonstrations, chosen by `seed`.
 
-    The ones kept at a smaller fraction are among those kept at a larger.
+    Those kept at a smaller fraction are a subset of those kept at a larger one.
     """
     candidates = [i for i, problem in enumerate(problems) if problem.demonstration_ids]
     random.Random(seed).shuffle(candidates)
@@ -173,27 +158,27 @@ def keep_demonstrations(problems: Sequence[Problem], fraction: float, seed: int)
 def split_held_out(
     problems: Sequence[Problem], num_eval: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """The problems for training, and the last `num_eval`.
+    """All but the last `num_eval` problems, for training, and the last `num_eval`.
 
     Raises:
-        DataError: nothing would be left for training.
+        DataError: no problem would be left for training.
     """
     if num_eval >= len(problems):
         raise DataError(
             f"data.num_eval: expected fewer than the {len(problems)} usable rows, got {num_eval}; "
-            "or name held-out problems by data.eval_path"
+            "or set data.eval_path for held-out problems"
         )
     return list(problems[:-num_eval]), list(problems[-num_eval:])
 
 
 def batch_indices(num_problems: int, prompts_per_step: int, step: int, seed: int) -> list[int]:
-    """Which problems step `step` (from 0) trains on: pure, so the step is the data position.
+    """The problems that step `step` (from 0) trains on; pure, so the step is the data position.
 
-    Every epoch is a permutation of its own, and batches run on across their ends; a batch larger
-    than the dataset holds problems more than once.
+    Every epoch has its own permutation, and batches continue across the end of one. A batch larger
+    than the dataset contains some problems more than once.
 
     Raises:
-        ValueError: a count below 1, or a negative step.
+        ValueError: a count is below 1, or `step` is negative.
     """
     for name, value, least in (
         ("num_problems", num_problems, 1),
@@ -216,8 +201,38 @@ def _epoch_order(num_problems: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
+def _drafts(
+    rows: Iterable[Row],
+    layout: ColumnMap,
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str | None,
+    findings: Findings,
+) -> list[Problem]:
+    """The rows that have a prompt and an answer, rendered but not tokenised."""
+    drafts = []
+    for index, row in enumerate(rows):
+        prompt, answer, demonstration = layout.read(row)
+        messages = _messages(prompt, system_prompt)
+        if messages is None:
+            findings.add("no_prompt", index, prompt)
+        elif answer is None or not clean_answer(answer):
+            findings.add("no_answer", index, row.get("answer", answer))
+        else:
+            drafts.append(
+                Problem(
+                    index=index,
+                    prompt=_render(messages, tokenizer, index),
+                    prompt_ids=(),
+                    answer=answer,
+                    demonstration=demonstration,
+                    columns=dict(row),
+                )
+            )
+    return drafts
+
+
 def _messages(prompt: Any, system_prompt: str | None) -> list[Message] | None:
-    """The conversation that a prompt stands for; None if it is not usable."""
+    """The conversation of a prompt, a text or a list of messages; None if it is not usable."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list | tuple) or not prompt:
@@ -252,7 +267,7 @@ def _with_parseable_answer(drafts: list[Problem], findings: Findings) -> list[Pr
     hard = [gold for gold in golds.values() if plain_number(gold) is None]
     if not hard:
         return drafts
-    # A process takes about half a second to start, and parses some hundred answers a second.
+    # A process takes about half a second to start and parses a few hundred answers per second.
     num_workers = min(os.cpu_count() or 1, 1 + len(hard) // 200)
     with Grader(num_workers=num_workers, timeout_s=5.0, memory_mib=1024) as grader:
         parses = dict(zip(golds, grader.parseable(list(golds.values())), strict=True))
@@ -262,46 +277,47 @@ def _with_parseable_answer(drafts: list[Problem], findings: Findings) -> list[Pr
     return [draft for draft in drafts if parses[draft.answer]]
 
 
-def _tokenize(
-    drafts: Sequence[Problem],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    max_demonstration_tokens: int,
-    findings: Findings,
-) -> Iterable[Problem]:
-    # One object for each token id: a dataset has hundreds of millions of them.
+def _tokenized(drafts: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> Iterator[Problem]:
+    # One int object per token id: a dataset has hundreds of millions of tokens.
     shared = list(range(max(tokenizer.get_vocab().values()) + 1))
 
     def ids_of(texts: list[str]) -> list[tuple[int, ...]]:
-        if not texts:
-            return []
         encoded = tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )
         return [tuple(map(shared.__getitem__, ids)) for ids in encoded["input_ids"]]
 
     for start in range(0, len(drafts), _TOKENIZER_BATCH):
-        batch = drafts[start : start + _TOKENIZER_BATCH]
-        demonstrations = {
-            draft.index: draft.demonstration.removeprefix(_THINK)
-            if draft.prompt.endswith(_THINK)
-            else draft.demonstration
-            for draft in batch
-            if draft.demonstration is not None
-        }
-        demonstration_ids = dict(
-            zip(demonstrations, ids_of(list(demonstrations.values())), strict=True)
-        )
-        for draft, prompt_ids in zip(batch, ids_of([d.prompt for d in batch]), strict=True):
-            if len(prompt_ids) > max_prompt_tokens:
-                findings.add("long_prompt", draft.index, f"{len(prompt_ids)} tokens")
-                continue
-            demonstration = demonstrations.get(draft.index)
-            ids = demonstration_ids.get(draft.index, ())
-            if demonstration is not None and not 2 <= len(ids) <= max_demonstration_tokens:
-                kind = "short_demonstration" if len(ids) < 2 else "long_demonstration"
-                findings.add(kind, draft.index, f"{len(ids)} tokens")
-                demonstration, ids = None, ()
-            yield dataclasses.replace(
-                draft, prompt_ids=prompt_ids, demonstration=demonstration, demonstration_ids=ids
-            )
+        batch = [_without_second_think(d) for d in drafts[start : start + _TOKENIZER_BATCH]]
+        prompts = ids_of([draft.prompt for draft in batch])
+        shown = [draft for draft in batch if draft.demonstration is not None]
+        demonstrations = iter(ids_of([draft.demonstration for draft in shown]) if shown else ())
+        for draft, prompt_ids in zip(batch, prompts, strict=True):
+            ids = () if draft.demonstration is None else next(demonstrations)
+            yield dataclasses.replace(draft, prompt_ids=prompt_ids, demonstration_ids=ids)
+
+
+def _without_second_think(draft: Problem) -> Problem:
+    """`draft` without the `<think>` line of its demonstration if its prompt ends with one."""
+    if draft.demonstration is None or not draft.prompt.endswith(_THINK):
+        return draft
+    return dataclasses.replace(draft, demonstration=draft.demonstration.removeprefix(_THINK))
+
+
+def _within_limits(
+    problems: Iterable[Problem],
+    max_prompt_tokens: int,
+    max_demonstration_tokens: int,
+    findings: Findings,
+) -> Iterator[Problem]:
+    """Drop problems with a long prompt, and demonstrations that are too long or too short."""
+    for problem in problems:
+        num_tokens = len(problem.demonstration_ids)
+        if len(problem.prompt_ids) > max_prompt_tokens:
+            findings.add("long_prompt", problem.index, f"{len(problem.prompt_ids)} tokens")
+            continue
+        if problem.demonstration is not None and not 2 <= num_tokens <= max_demonstration_tokens:
+            kind = "short_demonstration" if num_tokens < 2 else "long_demonstration"
+            findings.add(kind, problem.index, f"{num_tokens} tokens")
+            problem = dataclasses.replace(problem, demonstration=None, demonstration_ids=())
+        yield problem

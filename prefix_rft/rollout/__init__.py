@@ -1,7 +1,8 @@
-"""Engines that generate completions; one is loaded when it is asked for."""
+"""Engines that generate completions; each is imported only when a run uses it."""
 
 from prefix_rft.rollout.engine import EngineError, RolloutEngine
 from prefix_rft.rollout.make_engine import make_engine, max_sequence_length
+from prefix_rft.rollout.serve import serve_vllm
 from prefix_rft.rollout.serving import serving
 
 __all__ = [
@@ -9,5 +10,6 @@ __all__ = [
     "RolloutEngine",
     "make_engine",
     "max_sequence_length",
+    "serve_vllm",
     "serving",
 ]

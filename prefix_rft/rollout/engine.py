@@ -12,26 +12,26 @@ OnDone = Callable[[int, Completion], None]
 
 
 class EngineError(UserError):
-    """An engine outside the trainer's processes is gone, or holds other weights than were sent."""
+    """An engine outside the trainer is gone, or does not hold the weights that were sent to it."""
 
 
 class RolloutEngine(Protocol):
     """Generates with the weights of the last `update_weights`, numbered `weights_version`."""
 
-    weights_version: int | None  # None: it holds none
-    shares_module: bool  # generates by the trainer's own module, which must be whole meanwhile
+    weights_version: int | None  # None: it holds no weights
+    shares_module: bool  # generates with the trainer's module, which must be gathered then
     is_collective: bool  # ranks wait for each other in `generate`
 
     def update_weights(self, model: nn.Module, version: int) -> None:
-        """Take over the weights of `model`, a transformers causal language model. Collective."""
+        """Use the weights of `model`, a causal language model of transformers. Collective."""
         ...
 
     def sleep(self) -> None:
-        """Give up the memory that training can use; `update_weights` may have to come next."""
+        """Free memory for training; `update_weights` may be needed before the next `generate`."""
         ...
 
     def close(self) -> None:
-        """End what the engine has started, while its ranks can still talk. Collective."""
+        """Shut down what the engine started, while its ranks can still communicate. Collective."""
         ...
 
     def generate(
@@ -46,12 +46,13 @@ class RolloutEngine(Protocol):
         """One completion per request, in order.
 
         Args:
-            on_done: called with the index of a request and its completion, as soon as it is there.
-            temperature: of the sampling and of the log-probs; 0 is greedy, with log-probs at 1.
-            seed: equal requests, seed and weights give equal tokens.
+            temperature: for sampling and for the log-probs; 0 is greedy, with log-probs at 1.
+            seed: the same requests, seed and weights give the same tokens.
+            weights_version: the version to generate with, for the engine to confirm.
+            on_done: called with a request's index and its completion as soon as that is known.
         Raises:
-            RuntimeError: `weights_version` is not the engine's: the weights are stale.
-            ValueError: a request without prompt or budget, or too long for the model.
+            RuntimeError: the engine holds another version: its weights are stale.
+            ValueError: a request has no prompt or no budget, or is too long for the model.
         """
         ...
 
@@ -65,15 +66,16 @@ def check_call(
     max_length: int | None,
     max_length_source: str,
 ) -> None:
-    """Refuse what no engine can generate; see `RolloutEngine.generate`.
+    """Raise the errors of `RolloutEngine.generate`.
 
     Args:
-        version: that of the weights the engine holds; None: it holds none.
-        max_length: tokens of prompt, prefix and continuation together; None: any number.
+        version: of the weights the engine holds; None: it holds no weights.
+        max_length: tokens of prompt, prefix and continuation together; None: no limit.
+        max_length_source: where that limit comes from, for the message.
     """
     if version is None:
         raise RuntimeError(
-            "stale weights: the engine holds none; update_weights comes before generate, "
+            "stale weights: the engine holds none; call update_weights before generate, "
             "and again after sleep"
         )
     if asked_version != version:

@@ -1,4 +1,4 @@
-"""Which engine a configuration asks for."""
+"""The engine that a configuration selects."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,10 +11,10 @@ from prefix_rft.rollout.vllm_options import import_vllm
 def make_engine(
     config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase
 ) -> RolloutEngine:
-    """The engine `rollout.engine` for the model of `policy`. Collective.
+    """The engine named by `rollout.engine`, for the model of `policy`. Collective.
 
     Raises:
-        ConfigError: the engine is not installed, or cannot run the model as asked.
+        ConfigError: the engine is not installed, or cannot run the model with these settings.
     """
     model = policy.model
     shared = {
@@ -23,7 +23,7 @@ def make_engine(
         "max_batch_sequences": config.rollout.max_batch_sequences,
     }
     if config.rollout.engine != "transformers":
-        import_vllm()  # which brings what its server is asked by
+        import_vllm()  # also brings the HTTP client of the server engine
         if config.rollout.engine == "vllm":
             from prefix_rft.rollout.vllm_engine import VLLMEngine as Engine
         else:
@@ -48,6 +48,6 @@ def make_engine(
 
 
 def max_sequence_length(config: Config) -> int:
-    """Tokens of prompt and response together, at most, in training and evaluation."""
+    """The most tokens of prompt and response together, in training or evaluation."""
     responses = (config.rollout.max_response_length, config.eval.max_response_length or 0)
     return config.data.max_prompt_tokens + max(responses)

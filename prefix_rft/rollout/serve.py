@@ -28,11 +28,11 @@ ENGINE_FOLDER = "engine"
 _SERVER = "vllm.entrypoints.openai.api_server"
 
 
-def serve(config: Config, *, host: str, port: int) -> None:
-    """Replace this process by the server; it holds no weights before a trainer sends them.
+def serve_vllm(config: Config, *, host: str, port: int) -> None:
+    """Replace this process with the server, which has no weights until a trainer sends them.
 
     Raises:
-        ConfigError: vLLM is not installed, cannot run the model as asked, or the port is taken.
+        ConfigError: vLLM is not installed or cannot run the model, or the port is taken.
     """
     import_vllm()
     _check_port(host, port)
@@ -56,7 +56,7 @@ def serve(config: Config, *, host: str, port: int) -> None:
     options |= {
         "host": host,
         "port": port,
-        "enable_scale_out": True,  # the route of tokens
+        "enable_scale_out": True,  # adds the route that takes and returns token ids
         "disable_uvicorn_access_log": True,
     }
     backend = "nccl"
@@ -66,7 +66,7 @@ def serve(config: Config, *, host: str, port: int) -> None:
 
         options["worker_extension_cls"] = f"{WorkerExtension.__module__}.{WorkerExtension.__name__}"
     options["weight_transfer_config"] = f'{{"backend": "{backend}"}}'
-    # The command vllm asks for a distribution of that name, which a build of one's own may lack.
+    # The `vllm` command needs a distribution of that name, which a custom build may not have.
     command = [sys.executable, "-m", _SERVER, "--model", str(folder)]
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the routes that take weights
     os.execve(sys.executable, [*command, *_flags(options)], environment)
@@ -78,7 +78,7 @@ def _check_port(host: str, port: int) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"port: expected a free one at {host}, got {port} ({error.strerror})"
+            f"port: expected a free port on {host}, got {port} ({error.strerror})"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The phase in which an engine generates: fresh weights before it, memory given back after it."""
+"""The phase in which an engine generates: weights are pushed before it, memory freed after it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,9 +9,9 @@ from prefix_rft.rollout.engine import RolloutEngine
 
 @contextmanager
 def serving(engine: RolloutEngine, policy: Policy, version: int) -> Iterator[None]:
-    """While entered, `engine` generates with the weights of `policy`, known as `version`.
+    """Let `engine` generate with the weights of `policy`, numbered `version`, while entered.
 
-    They are pushed unless the engine holds them already. Collective where processes share weights.
+    They are pushed unless the engine already holds them. Collective if the model is sharded.
     """
     if engine.weights_version != version:
         engine.update_weights(policy.model, version)

@@ -1,4 +1,4 @@
-"""Generation by the trainer's own module: left padding, growing KV cache, finished rows dropped."""
+"""Generation with the trainer's module: left padding, growing KV cache, finished rows dropped."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,25 +12,25 @@ from prefix_rft.data_types import Completion, RolloutRequest
 from prefix_rft.rollout.engine import OnDone, check_call
 
 _NOT_FORCED = -1  # in place of a token id
-_COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are dropped from the cache
-_MIN_SPARE_COLUMNS = 64  # room that a cache buffer is given beyond what it holds
-_CHECK_EVERY = 8  # tokens between looks at which rows live, where a look waits for a device
+_COMPACT_BELOW = 0.75  # finished rows leave the cache when a smaller fraction is still live
+_MIN_SPARE_COLUMNS = 64  # columns a cache buffer has beyond its content when it is allocated
+_CHECK_EVERY = 8  # tokens between checks for finished rows, where a check waits for the device
 
 
 class TransformersEngine:
-    """A `RolloutEngine` that shares its module with the trainer: new weights are there at once.
+    """A `RolloutEngine` that shares its module with the trainer, so weights are never copied.
 
     Args:
-        model: a causal language model of transformers, whose weights are version 0.
+        model: a causal language model of transformers; its weights are version 0.
         eos_token_ids: each of them ends a completion.
-        pad_token_id: fed at masked positions only; may be an end-of-sequence token.
+        pad_token_id: only fed at masked positions; may be an end-of-sequence token.
         vocab_size: tokens of the tokenizer; columns past it are never sampled and take no part in
             the softmax.
         max_batch_sequences: sequences generated at once.
-        autocast_dtype: of the forward, as in training; None: the weights' dtype.
+        autocast_dtype: of the forward, as in training; None: the dtype of the weights.
     Raises:
-        ValueError: no end-of-sequence token, no room for a sequence, or a `vocab_size` outside
-            [1, columns of the lm_head].
+        ValueError: no end-of-sequence token, `max_batch_sequences` below 1, or `vocab_size`
+            outside [1, columns of the lm_head].
     """
 
     shares_module = True
@@ -67,10 +67,10 @@ class TransformersEngine:
         self.weights_version = version
 
     def sleep(self) -> None:
-        """Nothing to give up: the weights are the trainer's, and no cache outlives `generate`."""
+        """Nothing to free: the weights are the trainer's, and no cache outlives `generate`."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Nothing to shut down."""
 
     def generate(
         self,
@@ -81,17 +81,9 @@ class TransformersEngine:
         weights_version: int,
         on_done: OnDone | None = None,
     ) -> list[Completion]:
-        """One completion per request, in order.
+        """See `RolloutEngine.generate`; bitwise repeatable on one machine.
 
-        Temperature 0 is greedy, with log-probs at temperature 1.
-
-        Completions of one batch are told by `on_done` when the whole batch is done.
-
-        Equal requests, seed and weights give equal tokens, bit for bit on one machine.
-
-        Raises:
-            RuntimeError: `weights_version` is not the engine's.
-            ValueError: a request without tokens, with no budget, or too long for the model.
+        `on_done` is called for the completions of a batch when the whole batch is done.
         """
         text_config = self._model.config.get_text_config()
         check_call(
@@ -104,8 +96,8 @@ class TransformersEngine:
         )
         device = self._model.device
         generator = torch.Generator(device).manual_seed(seed)
-        # Prompts of like length together: little padding. The longest first: memory runs out at
-        # once or never.
+        # Batches of similar prompt lengths need little padding. With the longest first, memory
+        # runs out at once or never.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
         completions: dict[int, Completion] = {}
         with (
@@ -132,7 +124,7 @@ class TransformersEngine:
         batch = _Batch(requests, self._pad_token_id, model)
         eos = torch.tensor(self._eos_token_ids, device=device)
         check_every = 1 if device.type == "cpu" else _CHECK_EVERY
-        # [requests, steps]; a completion is a span of steps, what lies outside is never read.
+        # [requests, steps]; a completion is a span of steps, the rest is never read.
         tokens = torch.zeros(len(requests), batch.num_steps, dtype=torch.int64, device=device)
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         log_probs = torch.zeros(tokens.shape, dtype=dtype, device=device)
@@ -176,11 +168,11 @@ class TransformersEngine:
 
 
 class _Batch:
-    """Sequences generated at once: what the model reads next, and its cache of what it has read.
+    """Sequences generated at once: the tokens the model reads next, and its cache.
 
-    The contexts are read up to one common width W, the rest of them token by token while the others
-    already generate. W is the least that costs no step more than the largest budget: the long
-    prefixes of a few rows then neither pad the prompts of all others nor their caches.
+    Contexts are prefilled up to a common width W; what is left of the longer ones is fed token by
+    token while other rows already generate. W is the smallest width that needs no more steps than
+    the largest budget, so a few rows with long prefixes do not pad all other rows and their cache.
     """
 
     def __init__(
@@ -222,7 +214,7 @@ class _Batch:
         self.rows = torch.arange(len(requests), device=device)  # [B] index of the request
 
     def next_logits(self, model: PreTrainedModel) -> torch.Tensor:
-        """Read the pending tokens; the logits after the last of them, [B, V]."""
+        """Feed the pending tokens; the logits after the last of them, [B, V]."""
         output = model(
             input_ids=self._input_ids,
             attention_mask=self._attention_mask[:, : self._width],
@@ -240,7 +232,7 @@ class _Batch:
         self._width += 1
 
     def select(self, keep: torch.Tensor) -> None:
-        """Go on with the rows `keep` [B'], ascending."""
+        """Continue with the rows `keep` [B'], ascending."""
         self._input_ids, self._position_ids = self._input_ids[keep], self._position_ids[keep]
         self._attention_mask, self.forced = self._attention_mask[keep], self.forced[keep]
         self.rows = self.rows[keep]
@@ -248,7 +240,7 @@ class _Batch:
 
 
 class _GrowingLayer(DynamicLayer):
-    """Keys and values with room to spare: a new token is written, not all copied to append it."""
+    """Keys and values in buffers with spare room: appending a token does not copy the others."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -266,8 +258,8 @@ class _GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _grown(self, index: int, length: int) -> torch.Tensor:
-        # Autocast leaves rotated keys in float32, and attention rounds them like the values:
-        # stored in the values' dtype they take half the room for the same result.
+        # Autocast leaves rotated keys in float32, and attention rounds them to the dtype of the
+        # values: stored in that dtype they take half the memory and give the same result.
         old, dtype = self._buffers[index], self._buffers[1].dtype
         capacity = length + max(_MIN_SPARE_COLUMNS, length // 2)
         new = old.new_empty((*old.shape[:2], capacity, old.shape[3]), dtype=dtype)
@@ -291,7 +283,7 @@ def _sample(
     log_probs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
     scores = log_probs
     if temperature > 0:
-        # The largest log-prob + Gumbel noise is a draw, repeatable where a cumulative sum is not.
+        # The argmax of log-prob + Gumbel noise is a draw, repeatable where a cumsum is not.
         noise = torch.empty_like(log_probs).exponential_(generator=generator)
         scores = log_probs - noise.log_()
     tokens = scores.argmax(dim=-1)
@@ -300,7 +292,7 @@ def _sample(
 
 @contextmanager
 def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout, and no gradient checkpointing (it turns the cache off); the mode is put back."""
+    """No dropout, and no gradient checkpointing (it disables the cache); the mode is restored."""
     was_training = model.training
     model.eval()
     try:

@@ -1,7 +1,6 @@
 """A backend of vLLM's weight transfer for machines without CUDA, over gloo.
 
-The server's workers import this module as the home of their extension class, which makes the
-backend known to them.
+The server's workers import this module for their extension class, which registers the backend.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ _TIMEOUT = timedelta(minutes=10)
 
 
 class WorkerExtension:
-    """Adds nothing to a worker."""
+    """Adds nothing: a worker that loads it imports this module."""
 
 
 @dataclass
@@ -40,7 +39,7 @@ class GlooTrainerInitInfo(NCCLTrainerInitInfo):
 
 
 class GlooWeightTransferEngine(NCCLWeightTransferEngine):
-    """The receiver of a worker: weights come one by one, in the order of their announcement."""
+    """The receiver in a worker: weights arrive one by one, in the order announced."""
 
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
         config = self.parallel_config
@@ -59,7 +58,7 @@ class GlooWeightTransferEngine(NCCLWeightTransferEngine):
 
 
 class GlooTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):
-    """The sender of the trainer's first process; the others gather with it."""
+    """The sender in rank 0 of the trainer; the other ranks take part in its gathers."""
 
     init_info_cls = GlooTrainerInitInfo
 
@@ -79,7 +78,7 @@ class GlooTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):
                 rank_offset=1,
                 world_size=init_info.world_size,
             )
-            with ThreadPoolExecutor(max_workers=1) as pool:  # they wait for the sender to join
+            with ThreadPoolExecutor(max_workers=1) as pool:  # workers wait for the sender
                 joined = pool.submit(client.init_weight_transfer_engine, asdict(workers))
                 engine.model_update_group = _group(init_info, 0)
                 joined.result()
@@ -97,7 +96,7 @@ class GlooTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):
 def _group(
     info: GlooTrainerInitInfo | NCCLWeightTransferInitInfo, rank: int
 ) -> dist.ProcessGroupGloo:
-    """The sender, of rank 0, and all workers."""
+    """The process group of the sender, rank 0, and all workers."""
     store = dist.TCPStore(
         info.master_address,
         info.master_port,

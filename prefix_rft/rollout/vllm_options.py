@@ -1,4 +1,4 @@
-"""What an engine of vLLM is told, wherever it runs: its model, its options, how to sample."""
+"""How vLLM is configured, in process or as a server: its model, its options, its sampling."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ _MIB = 2**20
 
 
 def import_vllm() -> ModuleType:
-    """vLLM, quiet, and on a CPU not bound to cores, where its threads would hold others too.
+    """Import vLLM with less logging, and without pinning the threads of this process to cores.
 
     Raises:
         ConfigError: it is not installed.
@@ -32,14 +32,14 @@ def import_vllm() -> ModuleType:
 
 
 def weight_dtype(dtype: torch.dtype) -> torch.dtype:
-    """`dtype`; a ConfigError if vLLM does not have it."""
+    """`dtype`; a ConfigError if vLLM does not support it."""
     if dtype == torch.float64:
-        raise ConfigError("model.dtype: vLLM has no float64; rollout.engine transformers has")
+        raise ConfigError("model.dtype: vLLM has no float64; use rollout.engine transformers")
     return dtype
 
 
 def stop_token_ids(eos_token_ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Those that the engine's model has, whose vocabulary ends at `vocab_size`."""
+    """The ids the engine's model has: its vocabulary ends at `vocab_size`."""
     ids = [i for i in eos_token_ids if i < vocab_size]
     if not ids:
         raise ValueError(f"eos_token_ids: expected an id below {vocab_size}, got none")
@@ -49,13 +49,14 @@ def stop_token_ids(eos_token_ids: Sequence[int], vocab_size: int) -> list[int]:
 def unties_weights(device: torch.device) -> bool:
     """Whether tied weights are pushed under both names.
 
-    vLLM's head on a CPU packs its weight as it is loaded: a tied one would stay as it was.
+    On a CPU vLLM repacks the weight of the head when it is loaded: a tied head would keep the old
+    one.
     """
     return device.type != "cuda"
 
 
 def sequence_limit(model_config: PreTrainedConfig, max_length: int) -> int:
-    """Tokens of a sequence, at most: `max_length`, or fewer by the model's own limit."""
+    """The longest sequence in tokens: `max_length`, or the model's own limit if that is less."""
     text_config = model_config.get_text_config()
     return min(max_length, getattr(text_config, "max_position_embeddings", max_length))
 
@@ -68,11 +69,11 @@ def engine_options(
     max_length: int,
     max_batch_sequences: int,
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`, options of `vllm serve`; None leaves the choice to vLLM."""
+    """Arguments of `vllm.LLM` and options of `vllm serve`; None leaves the choice to vLLM."""
     options = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # no sampling defaults from anywhere
+        "generation_config": "vllm",  # no sampling defaults from the model's folder
         "dtype": str(dtype).removeprefix("torch."),
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
@@ -84,8 +85,8 @@ def engine_options(
         "tensor_parallel_size": config.tensor_parallel_size,
     }
     if device.type != "cuda":
-        # No prompt is read in parts: after each vLLM rewinds the generator of a seeded request,
-        # which one of the CPU cannot do.
+        # After each chunk of a prompt vLLM rewinds the generator of a seeded request, which a CPU
+        # generator does not support.
         options["enable_chunked_prefill"] = False
         options["max_num_batched_tokens"] = max(max_length, 4096)
     return options
@@ -94,13 +95,13 @@ def engine_options(
 def write_model_config(
     config: PreTrainedConfig, folder: Path, *, vocab_size: int, unties: bool
 ) -> None:
-    """config.json as vLLM needs it: the trainer's overrides in it, the padded columns not."""
+    """Write config.json for vLLM, with the trainer's overrides and without the padded columns."""
     config.save_pretrained(folder)
     file = folder / "config.json"
     values = json.loads(file.read_text())
     text_values = values.get("text_config", values)
     text_values["vocab_size"] = vocab_size
-    # The head's GEMM writes float32, as the trainer's does: bfloat16 logits cost 0.03 in log-prob.
+    # Like the trainer's, the head's GEMM writes float32: bfloat16 logits cost 0.03 in log-prob.
     values["head_dtype"] = text_values["head_dtype"] = "float32"
     if unties:
         values["tie_word_embeddings"] = text_values["tie_word_embeddings"] = False
@@ -111,7 +112,7 @@ def write_model_config(
 def sampling_options(
     request: RolloutRequest, *, temperature: float, seed: int, stop_token_ids: list[int]
 ) -> dict[str, Any]:
-    """Fields of `vllm.SamplingParams`: what is sampled from is the softmax that is trained."""
+    """Fields of `vllm.SamplingParams`: samples come from the softmax that is trained."""
     return {
         "temperature": temperature,
         "top_p": 1.0,
@@ -119,13 +120,13 @@ def sampling_options(
         "max_tokens": request.max_new_tokens,
         "seed": seed,
         "stop_token_ids": stop_token_ids,
-        "ignore_eos": True,  # those of the model's configuration: ours are complete
-        "logprobs": 0,  # of the sampled token alone
+        "ignore_eos": True,  # stop_token_ids has them all; the model's configuration may not
+        "logprobs": 0,  # only that of the sampled token
         "detokenize": False,
     }
 
 
 def request_seed(seed: int, index: int) -> int:
-    """Of request `index` of a call with `seed`, in [0, 2**63)."""
+    """The seed of request `index` in a call with `seed`, in [0, 2**63)."""
     digest = hashlib.sha256(f"{seed},{index}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 1

@@ -293,7 +293,7 @@ def test_a_template_that_is_missing_or_refuses(tokenizer):
     ):
         build([row], tokenizer)
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(DataError, match=r"no chat template; give one in model\.chat_template"):
+    with pytest.raises(DataError, match=r"no chat template; set one in model\.chat_template"):
         build(flat(1), bare)
 
 

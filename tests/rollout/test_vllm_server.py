@@ -50,8 +50,8 @@ def test_greedy_completions_are_those_of_the_transformers_engine(found):
 
 def test_a_server_that_does_not_fit_or_answer_is_one_clear_error(found):
     assert "a server for sequences of 199 tokens, got one for 200" in found["other_limit"]
-    assert "vLLM at http://127.0.0.1:9 does not generate" in found["gone"]
-    assert "vLLM at http://127.0.0.1:9 did not take the weights" in found["gone_at_push"]
+    assert "vLLM at http://127.0.0.1:9 did not generate" in found["gone"]
+    assert "vLLM at http://127.0.0.1:9 did not accept the weights" in found["gone_at_push"]
     with pytest.raises(ConfigError, match="vllm.server_url: expected http://host:port"):
         VLLMConfig(server_url="localhost:8000")
 
