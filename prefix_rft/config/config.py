@@ -6,7 +6,6 @@ import functools
 import tomllib
 from collections.abc import Iterable
 from dataclasses import field
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -144,8 +143,8 @@ def load_config(name_or_path: str | Path) -> Config:
     """
     file = Path(name_or_path)
     if not file.is_file():
-        shipped = resources.files("prefix_rft") / "configs"
-        names = sorted(entry.name.removesuffix(".toml") for entry in shipped.iterdir())
+        shipped = Path(__file__).parents[1] / "configs"
+        names = sorted(entry.stem for entry in shipped.iterdir())
         if str(name_or_path) not in names:
             known = ", ".join(names)
             raise ConfigError(f"config: expected a TOML file or one of {known}, got {name_or_path}")

@@ -58,9 +58,8 @@ class PrefixRFT(RFT):
         rng = np.random.default_rng([self.setting.seed, step, problem.index])
         window = self.config.window(step, self.setting.num_steps)
         for k in range(self.config.num_hybrid):
-            requests[-1 - k] = self.config.request(
-                problem, rng.uniform(*window), self.setting.max_response_length
-            )
+            ratio = rng.uniform(*window)
+            requests[-1 - k] = self.config.request(problem, ratio, self.setting.max_response_length)
         return requests
 
     def advantages(self, group: Group) -> list[Advantage]:
