@@ -13,11 +13,13 @@ from prefix_rft.config.config import Config
 HEAD = """\
 # Configuration
 
-A run is configured by a TOML file of the sections below; a key that is left out keeps its default.
-The command line takes every key as an option after the file: `prefix-rft train testbed
---trainer.num-steps 20`. To set none, leave the key out of the file, or give the option `None`.
+A run is configured by a TOML file with the sections below, or by the name of one that ships in
+`prefix_rft/configs`. A key that is left out keeps its default. On the command line every key is an
+option that follows the configuration:
 
-`prefix-rft train` also takes the name of a configuration in `prefix_rft/configs`.
+    prefix-rft train testbed --trainer.num-steps 20 --rollout.max-log-prob-gap None
+
+Where none is allowed, the file leaves the key out and the command line says `None`.
 
 <!-- python -m prefix_rft.config.reference > docs/configuration.md -->
 """

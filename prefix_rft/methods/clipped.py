@@ -18,7 +18,7 @@ class LossConfig:
     """The clipped objective; the fields of `rft_kernels.PolicyConfig`."""
 
     clip_low: float = 0.2  # ratios are clipped at 1 - clip_low from below
-    clip_high: float = 0.2  # and at 1 + clip_high from above
+    clip_high: float = 0.2  # ratios are clipped at 1 + clip_high from above
     # largest ratio that counts where the advantage is negative; None: any
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     # clip of prefix tokens: that of the others, none, or their own [low, high]
