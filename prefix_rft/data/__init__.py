@@ -1,4 +1,4 @@
-"""Rows of a dataset to problems; the testbed, and the small base model that is made here."""
+"""Datasets to problems; the testbed, and the small base model that is trained here."""
 
 from prefix_rft.data.base_model import resolve_base
 from prefix_rft.data.problems import batch_indices, load_problems

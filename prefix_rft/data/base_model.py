@@ -1,4 +1,4 @@
-"""The small base of a run without `model.path`: a tokenizer and a Qwen2, both made from texts."""
+"""The small base of a run without `model.path`: a tokenizer and a Qwen2 trained from scratch."""
 
 import dataclasses
 import hashlib
@@ -33,8 +33,8 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _RECIPE = 1  # part of every fingerprint: raise it when the training below changes
-_BUCKET_BATCHES = 16  # that many batches of texts are sorted by length, then cut
-_WARMUP_SHARE, _LAST_LR_SHARE = 0.05, 0.02
+_BUCKET_BATCHES = 16  # texts are sorted by length within this many batches
+_WARMUP_FRACTION, _FINAL_LR_FRACTION = 0.05, 0.02
 _PROGRESS_S = 15.0
 
 Corpus = Sequence[tuple[str, str]]  # rendered prompt, completion
@@ -46,13 +46,13 @@ class _Text(NamedTuple):
 
 
 def resolve_base(config: Config) -> Path | str:
-    """The model a run starts from: `model.path`, or the base that the run's own data teaches.
+    """The model a run starts from: `model.path`, or a base trained on the run's own data.
 
-    The base learns the testbed's lessons, or else the demonstrations of `data.path`; held-out
+    The base learns from the testbed's lessons or from the demonstrations of `data.path`; held-out
     problems are not among its training texts.
 
     Raises:
-        UserError: rows that cannot be loaded, or none that can be learnt from.
+        UserError: the rows cannot be loaded, or none can be trained on.
     """
     if config.model.path is not None:
         return model_at(config.model.path)
@@ -69,7 +69,7 @@ def resolve_base(config: Config) -> Path | str:
         corpus = [(render_prompt(tokenizer, prompt), completion) for prompt, completion in lessons]
     else:
         tokenizer = train_tokenizer(_row_texts(config), base.vocab_size)
-        # Runs that keep fewer demonstrations share one base.
+        # All demonstrations, so that runs which keep fewer of them share one base.
         whole = dataclasses.replace(
             config, data=dataclasses.replace(data, demonstration_fraction=1.0)
         )
@@ -94,7 +94,7 @@ def _row_texts(config: Config) -> list[str]:
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
-    """The chat of one user message, up to where the answer begins."""
+    """A chat with one user message, up to where the answer begins."""
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
@@ -103,10 +103,10 @@ def render_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most `vocab_size` tokens.
 
-    Every text in Unicode form NFC round-trips; every digit is a token of its own.
+    Every text in Unicode form NFC round-trips, and every digit is a token.
     """
     bpe = Tokenizer(models.BPE())
-    # AutoTokenizer splits texts this way for every folder with a Qwen2, whatever stands in it.
+    # AutoTokenizer splits texts this way for any Qwen2 folder, whatever its tokenizer.json says.
     family = Qwen2Tokenizer().backend_tokenizer
     bpe.normalizer, bpe.pre_tokenizer = family.normalizer, family.pre_tokenizer
     bpe.decoder = decoders.ByteLevel()
@@ -129,19 +129,20 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 def build_base(
     config: BaseConfig, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, seed: int
 ) -> Path:
-    """Train a Qwen2 on the completions of `corpus`, or find the one that the same inputs made.
+    """Train a Qwen2 on the completions of `corpus`, or find the one trained on the same inputs.
 
-    Minimises the negative log-likelihood of completion and end token, a batch's mean per token, by
-    AdamW with a cosine schedule. On one machine the same inputs give the same weights.
+    Minimises the negative log-likelihood of completion and end token, averaged over the tokens of a
+    batch, with AdamW and a cosine schedule. On one machine the same inputs give the same weights.
 
     Args:
-        corpus: (rendered prompt, completion); texts above `base.max_length` tokens are left out.
+        corpus: (rendered prompt, completion); texts longer than `base.max_length` tokens are left
+            out.
 
     Returns:
-        a folder in Hugging Face format below `base.cache_dir`; it appears when it is complete.
+        a folder in Hugging Face format inside `base.cache_dir`; it only appears once complete.
 
     Raises:
-        ConfigError: no text is left.
+        ConfigError: no text is short enough.
     """
     folder = Path(config.cache_dir) / _fingerprint(config, tokenizer, corpus, seed)
     if not folder.is_dir():
@@ -222,7 +223,7 @@ def _train(
     losses: list[float] = []
     for step, batch in enumerate(_batches(texts, config, random.Random(seed))):
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * _lr_share(step, config.num_batches)
+            group["lr"] = config.lr * _lr_fraction(step, config.num_batches)
         loss = _mean_nll(model, batch, pad_id)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -243,7 +244,7 @@ def _train(
 def _batches(
     texts: Sequence[_Text], config: BaseConfig, rng: random.Random
 ) -> Iterator[list[_Text]]:
-    """`num_batches` lists of texts of similar length, in random order."""
+    """`num_batches` batches of texts of similar length, in random order."""
     bucket_size = _BUCKET_BATCHES * config.batch_size
     pool: list[_Text] = []
     batches: list[list[_Text]] = []
@@ -260,7 +261,7 @@ def _batches(
 
 
 def _mean_nll(model: Qwen2ForCausalLM, batch: Sequence[_Text], pad_id: int) -> torch.Tensor:
-    """Per completion token. Padding stands on the right, where causal attention needs no mask."""
+    """Mean over completion tokens. Padding is on the right, so causal attention needs no mask."""
     shape = (len(batch), max(len(text.ids) for text in batch))
     input_ids = torch.full(shape, pad_id)
     is_target = torch.zeros(shape, dtype=torch.bool)
@@ -272,25 +273,25 @@ def _mean_nll(model: Qwen2ForCausalLM, batch: Sequence[_Text], pad_id: int) -> t
     return F.cross_entropy(logits, input_ids[:, 1:][is_target[:, 1:]])
 
 
-def _lr_share(step: int, num_steps: int) -> float:
-    warmup = max(1, round(_WARMUP_SHARE * num_steps))
+def _lr_fraction(step: int, num_steps: int) -> float:
+    warmup = max(1, round(_WARMUP_FRACTION * num_steps))
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, num_steps - warmup)
-    return _LAST_LR_SHARE + (1 - _LAST_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
+    return _FINAL_LR_FRACTION + (1 - _FINAL_LR_FRACTION) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write beside `folder`, then rename: what has the name is complete."""
+    """Write next to `folder`, then rename, so that `folder` is always complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))  # ours alone to read
+    beside = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     partial = beside / folder.name
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         os.replace(partial, folder)
     except OSError:
-        if not folder.is_dir():  # else a build beside this one was first, with the same result
+        if not folder.is_dir():  # otherwise a concurrent build finished first: the same weights
             raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Where the prompt, the answer and the demonstration stand in a dataset's rows; pure."""
+"""Where a dataset's rows have the prompt, the answer and the demonstration; pure."""
 
 import math
 import re
@@ -15,11 +15,11 @@ _calculator_note = re.compile(r"<<[^<>]*>>")
 
 
 class DataError(UserError):
-    """A dataset that cannot be used; the message says what was found and what was expected."""
+    """A dataset cannot be used; the message says what was found and what was expected."""
 
 
 class Fields(NamedTuple):
-    """What is taken from a row. None: the row does not have it."""
+    """What is read from a row. None: the row does not have it."""
 
     prompt: Any  # text or list of messages, unchecked
     answer: str | None
@@ -28,7 +28,7 @@ class Fields(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnMap:
-    """One known layout; it fits a dataset that has all the columns of `needs`."""
+    """A known layout; it fits a dataset that has all the columns in `needs`."""
 
     name: str
     needs: tuple[str, ...]
@@ -36,7 +36,7 @@ class ColumnMap:
 
 
 def answer_text(value: Any) -> str | None:
-    """A text or a number as text; None if it is neither, is empty or is not finite."""
+    """A text or number as text; None if `value` is neither, is empty or is not finite."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):
@@ -45,7 +45,7 @@ def answer_text(value: Any) -> str | None:
 
 
 def demonstration_text(value: Any) -> str | None:
-    """A text, or the content of the last assistant message of a list; None where there is none."""
+    """A text, or the content of the last assistant message in a list; None without one."""
     if isinstance(value, list | tuple):
         contents = [
             m.get("content")
@@ -65,7 +65,7 @@ def _read_verl(row: Row) -> Fields:
 
 
 def _read_openr1(row: Row) -> Fields:
-    """The first complete generation that Math-Verify, or else the judge model, found correct."""
+    """The first complete generation that Math-Verify or, failing that, the judge found correct."""
     generations = row.get("generations") or ()
     complete = row.get("is_reasoning_complete") or [True] * len(generations)
     for verdicts in (row.get("correctness_math_verify"), row.get("correctness_llama")):
@@ -91,7 +91,7 @@ def _read_gsm8k(row: Row) -> Fields:
 
 
 def read_named(prompt: str, answer: str, demonstration: str | None) -> Callable[[Row], Fields]:
-    """A reader of three columns by name; `a.b` is the field b of the struct column a."""
+    """A reader of columns by name; `a.b` is the field b of the struct column a."""
 
     def value(row: Row, path: str) -> Any:
         found: Any = row
@@ -109,7 +109,7 @@ def read_named(prompt: str, answer: str, demonstration: str | None) -> Callable[
     return read
 
 
-# The first that fits is taken, so the more specific stand first.
+# The first that fits is used, so the more specific ones come first.
 KNOWN_MAPS = (
     ColumnMap(name="verl (OpenR1-46k, LUFFY)", needs=("prompt", "reward_model"), read=_read_verl),
     ColumnMap(
@@ -146,9 +146,9 @@ def find_map(
 
     Args:
         found: the dataset's column names.
-        columns: prompt, answer and perhaps demonstration -> column; empty: the layout is detected.
-        key: the configuration key that `columns` came from, for messages.
-        source: the configuration key that the dataset came from, and its value, for messages.
+        columns: columns of prompt, answer and optionally demonstration; empty: detect the layout.
+        key: the configuration key of `columns`, for messages.
+        source: the configuration key of the dataset and its value, for messages.
 
     Raises:
         DataError: a named column is missing, or no known layout fits.

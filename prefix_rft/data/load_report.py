@@ -1,4 +1,4 @@
-"""What loading a dataset found: unusable rows, counted by kind, with an example of each."""
+"""The unusable rows of a dataset, counted by kind, with an example of each."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -13,10 +13,10 @@ Kind = Literal[
 ]
 
 _MEANING: dict[Kind, str] = {
-    "no_prompt": "dropped: no prompt (a text, or messages of which the last is the user's)",
+    "no_prompt": "dropped: no prompt (a text, or messages that end with the user's)",
     "no_answer": "dropped: no usable answer",
-    "unparseable_answer": "dropped: a gold answer that the grader cannot parse",
-    "long_prompt": "dropped: a prompt above data.max_prompt_tokens",
+    "unparseable_answer": "dropped: the grader cannot parse the gold answer",
+    "long_prompt": "dropped: prompt above data.max_prompt_tokens",
     "long_demonstration": "without demonstration: above rollout.max_response_length - 1 tokens",
     "short_demonstration": "without demonstration: below 2 tokens, nothing to cut",
 }
@@ -38,7 +38,7 @@ class Finding:
 
 
 class Findings:
-    """Collects findings while rows pass by."""
+    """Collects findings while rows are read."""
 
     def __init__(self) -> None:
         self._found: dict[Kind, Finding] = {}
@@ -65,13 +65,13 @@ class LoadReport:
     layout: str  # name of the column map
     num_rows: int
     num_problems: int
-    num_demonstrations: int  # usable ones, before data.demonstration_fraction
+    num_demonstrations: int  # usable ones, before data.demonstration_fraction applies
     findings: tuple[Finding, ...]
 
     def lines(self) -> list[str]:
         head = (
-            f"{self.source} ({self.layout}): {self.num_problems} problems of {self.num_rows} rows, "
-            f"{self.num_demonstrations} with a demonstration"
+            f"{self.source} ({self.layout}): {self.num_problems} problems from {self.num_rows} "
+            f"rows, {self.num_demonstrations} with a demonstration"
         )
         return [head, *(f"  {finding}" for finding in self.findings)]
 

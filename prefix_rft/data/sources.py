@@ -13,15 +13,15 @@ _SUFFIXES = ", ".join(_FILE_FORMATS)
 
 
 def load_rows(path: str, split: str, *, key: str = "data.path") -> datasets.Dataset:
-    """The rows of a parquet, json or jsonl file, of a folder of them, or of a dataset on the hub.
+    """The rows of a parquet, json or jsonl file, of a folder of such files, or of a hub dataset.
 
     Args:
-        path: file, folder, or hub id, which may name a configuration: `openai/gsm8k:main`.
-        split: of a hub dataset, or of a folder, where files are named after it; a file has one.
-        key: the configuration key that `path` came from, for messages.
+        path: file, folder, or hub id, optionally with a configuration: `openai/gsm8k:main`.
+        split: of a hub dataset, or of a folder with files named after it; unused for a file.
+        key: the configuration key of `path`, for messages.
 
     Raises:
-        DataError: nothing there, not readable, no such split, or no rows.
+        DataError: nothing is there, it cannot be read, or it has no such split or no rows.
     """
     local = Path(path).expanduser()
     if local.is_dir() or local.is_file():
@@ -31,7 +31,7 @@ def load_rows(path: str, split: str, *, key: str = "data.path") -> datasets.Data
             names = [file.name for file in files[:10]]
             raise DataError(f"{key}: {path}: expected files of one of {_SUFFIXES}, got {names}")
         request = {"path": formats.pop(), "data_files": [str(file) for file in files]}
-        request["split"] = "train"  # what `datasets` calls the rows of plain files
+        request["split"] = "train"  # the name `datasets` gives to the rows of plain files
     elif local.suffix in _FILE_FORMATS or path.startswith((".", "/", "~")):
         raise DataError(f"{key}: {path}: no such file or folder")
     else:
@@ -48,9 +48,9 @@ def load_rows(path: str, split: str, *, key: str = "data.path") -> datasets.Data
 
 
 def _files_of_split(folder: Path, split: str, key: str) -> list[Path]:
-    """Files that the split names, as in train-00000-of-00010.parquet, or in a folder so named.
+    """Files named after the split, as in train-00000-of-00010.parquet, or in a folder of its name.
 
-    `datasets` would go by the whole path, and take a folder below `/data/test` for test data.
+    `datasets` would look at the whole path and take a folder inside `/data/test` for test data.
     """
     files = sorted(file for file in folder.rglob("*") if file.suffix in _FILE_FORMATS)
     found = [

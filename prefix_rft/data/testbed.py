@@ -1,10 +1,10 @@
 """Synthetic multi-step arithmetic with worked demonstrations: the dataset `testbed`. Pure.
 
 A problem is a start value and a chain of additions and subtractions; its difficulty is the number
-of steps and the size of the operands. The lessons make a base that can, but does not: it is taught
-to show the steps when the prompt asks for them. Unasked, it works easy problems step by step and
-guesses the answer of nearly all longer ones at once. What training has to find is that working
-pays unasked, and every demonstration shows it.
+of steps and the size of the operands. The lessons produce a base that can show its work but rarely
+does: it is taught to show the steps when the prompt asks for them. Unasked, it works through easy
+problems step by step and guesses the answer of nearly all longer ones. Training has to discover
+that working pays off unasked as well; every demonstration does it.
 """
 
 import random
@@ -17,7 +17,7 @@ from prefix_rft.config import TestbedConfig
 TestbedRow = dict[str, str | int]
 
 _ASKED = " Show the steps."
-_ATTEMPTS = 100  # draws per wanted row until problems count as too few
+_ATTEMPTS = 100  # draws per row before we conclude that there are too few different problems
 
 
 def make_row(rng: random.Random, *, num_steps: int, max_operand: int, max_value: int) -> TestbedRow:
@@ -46,12 +46,12 @@ def make_row(rng: random.Random, *, num_steps: int, max_operand: int, max_value:
 def make_rows(
     config: TestbedConfig, num_eval: int, seed: int
 ) -> tuple[list[TestbedRow], list[TestbedRow]]:
-    """`config.num_train` training rows and `num_eval` held-out rows, all prompts different.
+    """`config.num_train` training rows and `num_eval` held-out rows, all with different prompts.
 
     The number of steps is drawn uniformly from [min_steps, max_steps].
 
     Raises:
-        ConfigError: problems of this difficulty are too few.
+        ConfigError: there are too few problems of this difficulty.
     """
     rng = random.Random(f"testbed rows {seed}")
     wanted = config.num_train + num_eval
@@ -64,17 +64,17 @@ def make_rows(
             return distinct[num_eval:], distinct[:num_eval]
     raise ConfigError(
         f"testbed.num_train: expected at most {len(rows)} different problems of this difficulty, "
-        f"data.num_eval among them, got {config.num_train} + {num_eval}"
+        f"including data.num_eval, got {config.num_train} + {num_eval}"
     )
 
 
 def make_lessons(
     config: TestbedConfig, num_lessons: int, seed: int, exclude: Collection[str] = ()
 ) -> list[tuple[str, str]]:
-    """What the base learns from: (prompt, completion) of problems of 1 to max_steps steps.
+    """What the base learns from: (prompt, completion) of problems with 1 to max_steps steps.
 
     Args:
-        exclude: prompts of problems, such as the held-out ones, that no lesson is about.
+        exclude: prompts, such as the held-out ones, whose problems no lesson uses.
     """
     rng = random.Random(f"testbed lessons {seed}")
     excluded = frozenset(exclude)

@@ -1,4 +1,4 @@
-"""What is installed, what will be used, and the memory that a configuration needs."""
+"""What is installed, what a run will use, and how much memory it needs."""
 
 from prefix_rft.doctor.doctor import print_diagnosis, print_memory
 

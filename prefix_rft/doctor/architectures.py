@@ -1,4 +1,4 @@
-"""The sizes of the published models that shipped configurations train, for plans without a network.
+"""Sizes of the published models in the shipped configurations, to plan without a network.
 
 Source: config.json of each model on the Hugging Face hub.
 """

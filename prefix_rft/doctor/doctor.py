@@ -1,4 +1,4 @@
-"""What is installed, what a run will use of it and why, and the memory it needs."""
+"""What is installed, what a run will use of it and why, and how much memory it needs."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from prefix_rft.doctor.shapes import Place, shapes_of
 from prefix_rft.model import resolve_autocast_dtype, resolve_device, resolve_weight_dtypes
 
 MODULES = ("torch", "triton", "transformers", "datasets", "math_verify")
-# What a run does with each optional module.
+# What each optional module is for.
 USES = {
     "vllm": "needed by rollout.engine vllm and vllm_server",
     "flash_attn": "attention of packed rows on CUDA, without padding",
@@ -31,7 +31,7 @@ def print_diagnosis(config: Config) -> None:
     """Print versions, devices and choices.
 
     Raises:
-        ConfigError: a device that is not there.
+        ConfigError: the machine has no such device.
     """
     device = resolve_device(config.model)
     _print("Versions", ("package", "version", "note"), version_rows())
@@ -43,14 +43,14 @@ def print_memory(config: Config, *, num_processes: int, device_gib: float | None
     """Print the memory plan of one process, and whether it fits.
 
     Args:
-        num_processes: of the run.
-        device_gib: of a CUDA device that need not be here; None: the device of `config`, here.
+        num_processes: processes of the run.
+        device_gib: memory of a CUDA device, which this machine need not have; None: plan for the
+            device of `config` on this machine.
     Raises:
-        ConfigError: the sizes of the model cannot be read, or the processes cannot be divided.
+        ConfigError: the sizes of the model cannot be read, or the number of processes does not
+            suit the configuration.
     """
-    divisors = {
-        "sharding.replicas": config.sharding.replicas,
-    }
+    divisors = {"sharding.replicas": config.sharding.replicas}
     if config.rollout.engine == "vllm":
         divisors["vllm.tensor_parallel_size"] = config.vllm.tensor_parallel_size
     for key, value in divisors.items():
@@ -76,16 +76,16 @@ def print_memory(config: Config, *, num_processes: int, device_gib: float | None
     plan = f"planned for {place.device} and {_compute_dtype(config, place.device)}"
     title = f"Memory of {config.name}, {plan}, one process of {num_processes} ({shapes.source})"
     _print(title, ("term", "when", "estimate", "formula"), rows)
-    room = (
-        f"{_size(place.device_bytes)}, of which {UNCOUNTED_FRACTION:.0%} are kept for what no term"
-    )
     reasons = shortfalls(config, shapes, place, terms)
     verdict = f"does not fit: {'; '.join(reasons)}" if reasons else "fits"
-    _console().print(f"Device of {room} counts: {verdict}.")
+    _console().print(
+        f"Device of {_size(place.device_bytes)}, {UNCOUNTED_FRACTION:.0%} of it reserved for what "
+        f"no term counts: {verdict}."
+    )
 
 
 def version_rows() -> list[tuple[str, str, str]]:
-    """(module, version, note); nothing is imported, and rebuilds under another name are found."""
+    """(module, version, note); imports nothing, and finds rebuilds under another name."""
     distributions = packages_distributions()
 
     def installed(module: str) -> str | None:
@@ -113,22 +113,22 @@ def device_rows() -> list[tuple[str, str, str]]:
 
 
 def device_bytes(device: torch.device) -> int:
-    """The memory of `device`; for a CPU that of the machine."""
+    """Memory of `device`; of the machine for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def choice_rows(config: Config, device: torch.device) -> list[tuple[str, str, str]]:
-    """(part, choice, because) of what the `auto` fields of `config` come to on `device`."""
+    """(part, choice, because): how the `auto` fields of `config` resolve on `device`."""
     asked = config.model.device
-    rows = [("device", str(device), "the best one here" if asked == "auto" else "model.device")]
+    rows = [("device", str(device), "the best available" if asked == "auto" else "model.device")]
     weights = "float64" if config.model.dtype == "float64" else "float32"
     rows.append(
         (
             "dtype",
             _compute_dtype(config, device),
-            f"of the forward; weights and optimizer state are {weights}",
+            f"for the forward; weights and optimizer state are {weights}",
         )
     )
     rows.append(("kernels", *_kernel_choice(device)))
@@ -143,13 +143,13 @@ def choice_rows(config: Config, device: torch.device) -> list[tuple[str, str, st
 
 
 def _compute_dtype(config: Config, device: torch.device) -> str:
-    """Of the forward on `device`."""
+    """Name of the dtype of the forward on `device`."""
     _, trained = resolve_weight_dtypes(config.model, device)
     return str(resolve_autocast_dtype(config.model, device) or trained).removeprefix("torch.")
 
 
 def _why_needed(key: str, module: str) -> str:
-    """The key that asks for `module`, and how to install it where it is missing."""
+    """The key that needs `module`, and how to install `module` if it is missing."""
     if is_installed(module):
         return key
     return f"{key}; but {module} is not installed: {install_hint(EXTRAS[module])}"

@@ -1,4 +1,4 @@
-"""What one process of a run keeps in the memory of its device, from shapes; nothing is loaded."""
+"""The memory that one process of a run needs, computed from shapes; nothing is loaded."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -8,27 +8,26 @@ from typing import Literal
 from prefix_rft.config import Config
 from prefix_rft.doctor.shapes import Place, Shapes, Weight
 
-WORKSPACE_BYTES = 2**30  # what the vocabulary-sized ops of rft_kernels allow themselves
-UNCOUNTED_FRACTION = (
-    0.1  # of the device: its context, communication buffers, fragments, kernels' own
-)
+WORKSPACE_BYTES = 2**30  # the default workspace of the vocabulary-sized ops of rft_kernels
+# Device memory that no term counts: context, communication buffers, fragmentation, the kernels.
+UNCOUNTED_FRACTION = 0.1
 _FLOAT32 = 4
-_BLOCK, _SMALLEST = 256, 4096  # torchao: numbers with a scale of their own; fewer are kept whole
+_BLOCK, _SMALLEST = 256, 4096  # torchao: numbers that share a scale; smaller tensors stay as is
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryTerm:
-    """One thing that takes memory, and when."""
+    """Something that takes memory, and when."""
 
     name: str
     num_bytes: int
     formula: str
-    # host: in host memory, at any time; avoided: told for comparison
+    # host: in host memory, always; avoided: not allocated, listed for comparison
     phase: Literal["always", "update", "rollout", "host", "avoided"]
 
 
 def memory_terms(config: Config, shapes: Shapes, place: Place) -> list[MemoryTerm]:
-    """Every term of the largest rank, with its formula."""
+    """All terms, with formulas, of the rank that needs the most memory."""
     is_sharded = place.num_processes > 1 or config.sharding.cpu_offload
     return [
         *_states(config, shapes, place),
@@ -40,7 +39,7 @@ def memory_terms(config: Config, shapes: Shapes, place: Place) -> list[MemoryTer
 
 
 def peak_bytes(terms: Sequence[MemoryTerm], phase: Literal["update", "rollout", "host"]) -> int:
-    """What is there at once: update and rollout take turns."""
+    """Memory in use at once in a phase; update and rollout alternate."""
     phases = ("host",) if phase == "host" else ("always", phase)
     return sum(term.num_bytes for term in terms if term.phase in phases)
 
@@ -48,7 +47,7 @@ def peak_bytes(terms: Sequence[MemoryTerm], phase: Literal["update", "rollout", 
 def shortfalls(
     config: Config, shapes: Shapes, place: Place, terms: Sequence[MemoryTerm]
 ) -> list[str]:
-    """Why the run does not fit into what `UNCOUNTED_FRACTION` leaves; nothing where it does."""
+    """Why the run does not fit into what `UNCOUNTED_FRACTION` leaves; empty if it fits."""
     limit = int((1 - UNCOUNTED_FRACTION) * place.device_bytes)
     reasons = [
         f"{phase} needs {peak_bytes(terms, phase) / 2**30:.1f} GiB of {limit / 2**30:.1f}"
@@ -63,13 +62,13 @@ def shortfalls(
 
 
 def kv_cache_tokens(config: Config, shapes: Shapes, place: Place) -> int:
-    """Of all sequences together, in the KV cache of vLLM; below `shapes.length` it cannot start."""
+    """Tokens that vLLM's KV cache can hold; vLLM needs at least `shapes.length` to start."""
     weights, cache = _engine_bytes(config, shapes, place)
     return max(0, cache) // (_kv_bytes(shapes) // config.vllm.tensor_parallel_size)
 
 
 def _engine_bytes(config: Config, s: Shapes, place: Place) -> tuple[int, int]:
-    """Of vLLM's weights, and of what it has for the KV cache."""
+    """Bytes of vLLM's weights, and bytes left for its KV cache."""
     weights = s.num_parameters * s.compute_bytes // config.vllm.tensor_parallel_size
     if config.vllm.kv_cache_mib is not None:
         return weights, config.vllm.kv_cache_mib * 2**20
@@ -77,7 +76,7 @@ def _engine_bytes(config: Config, s: Shapes, place: Place) -> tuple[int, int]:
 
 
 def _states(config: Config, s: Shapes, place: Place) -> list[MemoryTerm]:
-    """Weights, optimizer state and gradients, whole or this rank's share of them."""
+    """Weights, optimizer state and gradients: whole, or the shard of one rank."""
     num_shards = place.num_processes // config.sharding.replicas
     trained = [weight for weight in s.weights if weight.is_trained]
     offload = config.sharding.cpu_offload
@@ -112,7 +111,7 @@ def _states(config: Config, s: Shapes, place: Place) -> list[MemoryTerm]:
 
 
 def _gathered(s: Shapes) -> list[MemoryTerm]:
-    """What FSDP2 holds whole: the root all the while, two groups and the buffer of the next."""
+    """What FSDP2 holds unsharded: the root at all times, two groups and the buffer of the next."""
     whole, trained = defaultdict(int), defaultdict(int)
     for weight in s.weights:
         whole[weight.group] += weight.numel
@@ -140,7 +139,7 @@ def _gathered(s: Shapes) -> list[MemoryTerm]:
 
 
 def _cast(s: Shapes, phase: str) -> list[MemoryTerm]:
-    """The copies that autocast keeps of all weights that are not in the dtype of the compute."""
+    """The copies that autocast keeps of all weights that are not in the compute dtype."""
     numel = sum(w.numel for w in s.weights if w.itemsize != s.compute_bytes)
     if numel == 0:
         return []
@@ -155,10 +154,10 @@ def _cast(s: Shapes, phase: str) -> list[MemoryTerm]:
 
 
 def _activations(s: Shapes, *, is_checkpointed: bool) -> list[MemoryTerm]:
-    """What autograd saves in a Qwen2-like layer, all of it or only what goes in."""
+    """What autograd saves for Qwen2-like layers: everything, or only the inputs if checkpointed."""
     r, a = s.residual_bytes, s.compute_bytes
-    # Of each of two norms: its input in float32, with a weight that is trained the normalised
-    # input, and its output: once, or as autocast casts it, for each of five linear layers.
+    # For each of the two norms: its input in float32; the normalised input if its weight is
+    # trained; its output, once or, where autocast casts it, for each of five linear layers.
     outputs = 2 * r if r == a else 5 * a
     norms = 2 * (_FLOAT32 + (0 if s.lora_rank else r)) + outputs
     layer_token = norms * s.hidden + 2 * a * (s.query + s.key) + 4 * a * s.ffn
@@ -178,7 +177,7 @@ def _activations(s: Shapes, *, is_checkpointed: bool) -> list[MemoryTerm]:
         MemoryTerm(
             name="activations, checkpointed",
             num_bytes=s.layers * s.tokens * r * s.hidden + s.tokens * layer_token,
-            formula=f"{layers_tokens} x {r} hidden bytes, and one layer in full",
+            formula=f"{layers_tokens} x {r} hidden bytes, plus one layer in full",
             phase="update" if is_checkpointed else "avoided",
         ),
         MemoryTerm(
@@ -203,7 +202,7 @@ def _lm_head(s: Shapes) -> list[MemoryTerm]:
         MemoryTerm(
             name="logits, rft_kernels",
             num_bytes=min(WORKSPACE_BYTES, eager),
-            formula="workspace at most",
+            formula="at most the workspace",
             phase="update",
         ),
     ]
@@ -216,10 +215,10 @@ def _engine(config: Config, s: Shapes, place: Place, *, is_sharded: bool) -> lis
     is_far = config.rollout.engine == "vllm_server"
     bucket = max(config.vllm.weight_bucket_mib * 2**20, largest)
     pushed = MemoryTerm(
-        name="weights, on their way to the engine",
+        name="weights, being sent to the engine",
         num_bytes=2 * bucket + largest if is_far else bucket,
         formula="vllm.weight_bucket_mib, or the largest weight"
-        + (", in two buffers; and the largest weight" if is_far else ""),
+        + (", in two buffers, plus the largest weight" if is_far else ""),
         phase="host" if config.sharding.cpu_offload and not is_far else "rollout",
     )
     return [pushed] if is_far else [_vllm(config, s, place), pushed]
@@ -257,7 +256,7 @@ def _own_engine(s: Shapes, *, is_sharded: bool) -> list[MemoryTerm]:
             name="KV cache",
             num_bytes=s.sequences * s.length * _kv_bytes(s),
             formula=f"{s.sequences:,} sequences x {s.length:,} tokens x {s.layers} layers x 2 key "
-            f"x {s.compute_bytes} bytes, where all get that long",
+            f"x {s.compute_bytes} bytes, if all get that long",
             phase="rollout",
         ),
     ]
@@ -268,5 +267,5 @@ def _over(num_ranks: int) -> str:
 
 
 def _kv_bytes(s: Shapes) -> int:
-    """Of one token."""
+    """Bytes of the KV cache per token."""
     return s.layers * 2 * s.key * s.compute_bytes

@@ -1,4 +1,4 @@
-"""The sizes that the memory of a run follows from: of a model without weights, and of its place."""
+"""The sizes that determine the memory of a run: of the model, without weights, and of its place."""
 
 from dataclasses import dataclass
 from math import ceil, prod
@@ -21,20 +21,20 @@ from prefix_rft.model import resolve_autocast_dtype, resolve_weight_dtypes
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What one process of a run finds."""
+    """Where one process of a run runs."""
 
     device: torch.device
-    device_bytes: int  # memory of the device; without CUDA, of the machine
+    device_bytes: int  # memory of the device; for a CPU, what this process has of the machine's
     num_processes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """A parameter, and the group in which it is gathered where processes share the model."""
+    """A parameter, and the group with which FSDP gathers it if the model is sharded."""
 
     group: str
     shape: tuple[int, ...]
-    itemsize: int  # bytes of one number
+    itemsize: int  # bytes per number
     is_trained: bool
 
     @property
@@ -42,7 +42,7 @@ class Weight:
         return prod(self.shape)
 
     def local_numel(self, num_shards: int) -> int:
-        """Of the largest of equal slices along the first dimension."""
+        """Numbers in the largest shard, which FSDP cuts along the first dimension."""
         return ceil(self.shape[0] / num_shards) * prod(self.shape[1:])
 
 
@@ -56,16 +56,16 @@ class Shapes:
     ffn: int
     vocabulary: int
     lora_rank: int  # 0: no adapters
-    tokens: int  # of the largest micro-batch
+    tokens: int  # in the largest micro-batch
     sequences: int  # generated at once
     length: int  # tokens of the longest sequence, prompt included
-    compute_bytes: int  # of one number in a linear layer's input
-    residual_bytes: int  # of one number between two layers
+    compute_bytes: int  # per number in the input of a linear layer
+    residual_bytes: int  # per number between two layers
     source: str  # where the sizes come from
 
     @property
     def num_parameters(self) -> int:
-        """Of the model itself, without adapters."""
+        """Parameters of the model itself, without adapters."""
         has_adapters = self.lora_rank > 0
         return sum(w.numel for w in self.weights if not (has_adapters and w.is_trained))
 
@@ -74,7 +74,7 @@ def shapes_of(config: Config, place: Place) -> Shapes:
     """The shapes of a run of `config`.
 
     Raises:
-        ConfigError: the sizes of the model cannot be read, or it has no layers for adapters.
+        ConfigError: the sizes of the model cannot be read, or it has no layers to adapt.
     """
     model_config, source = _model_config(config)
     loaded, trained = resolve_weight_dtypes(config.model, place.device)
@@ -131,7 +131,7 @@ def _weights(model: PreTrainedModel) -> tuple[Weight, ...]:
 
 
 def _adapters(model: PreTrainedModel, rank: int, dtype: torch.dtype) -> tuple[Weight, ...]:
-    """A and B of each layer that `lora.add_adapters` adapts; their sizes do not need peft."""
+    """A and B of each layer that `lora.add_adapters` adapts; planning them does not need peft."""
     body = set(model.get_decoder().layers.modules())
     linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m in body}
     if not linear:
@@ -149,13 +149,13 @@ def _adapters(model: PreTrainedModel, rank: int, dtype: torch.dtype) -> tuple[We
 
 
 def _layer(model: PreTrainedModel, name: str) -> str | None:
-    """The number of the decoder layer in which a parameter or module is; None: in none."""
+    """The number of the decoder layer that contains a parameter or module; None: no layer."""
     layers = f"{model.base_model_prefix}.layers."
     return name.removeprefix(layers).split(".")[0] if name.startswith(layers) else None
 
 
 def _model_config(config: Config) -> tuple[PreTrainedConfig, str]:
-    """The configuration of the model, and where it was found."""
+    """The configuration of the model, and its source."""
     base = config.base
     if config.model.path is None:
         sizes = Qwen2Config(

@@ -1,9 +1,9 @@
 """The `sdpa` attention of transformers without two of its costs.
 
-- Packed rows: transformers isolates them by a [T, T] mask, whose work grows with the square of all
-  tokens. Here rows are padded to the longest, inside the attention only.
-- Decoding with grouped heads under a mask: transformers repeats the whole cache for every query
-  head. Here the query heads of a group are queries of one head.
+- Packed rows: transformers separates them with a [T, T] mask, so work grows with the square of all
+  tokens. Here rows are padded to the longest one, inside the attention only.
+- Masked decoding with grouped heads: transformers repeats the whole cache for every query head.
+  Here the query heads of a group become queries of one head.
 """
 
 from typing import Any
@@ -15,25 +15,25 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-LEAN_SDPA = "lean_sdpa"  # a name for `model.set_attn_implementation`
+LEAN_SDPA = "lean_sdpa"  # for `model.set_attn_implementation`
 
 
 def lean_sdpa_forward(
     module: nn.Module,
-    query: torch.Tensor,  # [1, H, T, d] with cu_seq_lens_q, else [B, H, L, d]
+    query: torch.Tensor,  # [1, H, T, d] with cu_seq_lens_q, otherwise [B, H, L, d]
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
     cu_seq_lens_q: torch.Tensor | None = None,  # [B + 1] int32, bounds of the packed rows
-    max_length_q: int | None = None,  # of a packed row, on the host
-    sliding_window: int | None = None,  # tokens a query sees, itself included
+    max_length_q: int | None = None,  # longest packed row, on the host
+    sliding_window: int | None = None,  # tokens a query attends to, itself included
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """softmax(q k^T) v within each row; without `cu_seq_lens_q` it is the `sdpa` of transformers.
+    """softmax(q k^T) v within each row; without `cu_seq_lens_q`, the `sdpa` of transformers.
 
     Returns:
-        [1, T, H, d] (or [B, L, H, d]), and no attention weights.
+        [1, T, H, d] (or [B, L, H, d]), and None for the attention weights.
     """
     if cu_seq_lens_q is None:
         if query.shape[2] == 1 and query.shape[1] > key.shape[1]:
@@ -43,7 +43,7 @@ def lean_sdpa_forward(
     num_rows, num_tokens, device = len(cu_seq_lens_q) - 1, query.shape[2], query.device
     tokens = torch.arange(num_tokens, device=device, dtype=cu_seq_lens_q.dtype)
     row = torch.searchsorted(cu_seq_lens_q[1:], tokens, right=True)
-    place = row * max_length_q + (tokens - cu_seq_lens_q[row])  # [T], in the padded layout
+    place = row * max_length_q + (tokens - cu_seq_lens_q[row])  # [T] index in the padded layout
 
     def pad(packed: torch.Tensor) -> torch.Tensor:  # [1, H, T, d] -> [B, H, L, d]
         flat = packed[0].transpose(0, 1)

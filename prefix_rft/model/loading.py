@@ -1,4 +1,4 @@
-"""Tokenizer and model from a folder or the hub, and back: checks, overrides, export."""
+"""Loads tokenizer and model from a folder or the hub, with checks and overrides; exports them."""
 
 import os
 import shutil
@@ -28,14 +28,14 @@ from prefix_rft.model.lora import add_adapters
 from prefix_rft.model.policy import Policy
 from prefix_rft.model.weights import full_weights
 
-# Classes of which tokenizer.json is the whole tokenizer.
+# Classes for which tokenizer.json is the whole tokenizer.
 _GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 _EXPORT_BUCKET_BYTES = 2**30
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
-    """The device of `model.device`; a ConfigError where this machine has none of the kind."""
+    """The device `model.device` selects; a ConfigError if this machine does not have it."""
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(config.device)
@@ -47,10 +47,10 @@ def resolve_device(config: ModelConfig) -> torch.device:
 def resolve_autocast_dtype(
     config: ModelConfig, device: torch.device | None = None
 ) -> torch.dtype | None:
-    """What the forward of float32 weights runs in: bfloat16, or None for the weights' own dtype.
+    """The dtype of the forward over float32 weights: bfloat16, or None for that of the weights.
 
     Args:
-        device: of the compute; None: that of `config`.
+        device: where the forward runs; None: the device of `config`.
     """
     if config.dtype == "auto" and device is None:
         device = resolve_device(config)
@@ -61,7 +61,7 @@ def resolve_autocast_dtype(
 def resolve_weight_dtypes(
     config: ModelConfig, device: torch.device | None = None
 ) -> tuple[torch.dtype, torch.dtype]:
-    """Of the model as it is loaded, and of what is trained: they differ where adapters are."""
+    """Dtypes of the model as loaded and of what is trained; they differ if there are adapters."""
     trained = torch.float64 if config.dtype == "float64" else torch.float32
     if config.lora_rank is None:
         return trained, trained
@@ -69,10 +69,10 @@ def resolve_weight_dtypes(
 
 
 def host_config(config: ModelConfig, device: torch.device | None = None) -> ModelConfig:
-    """`config` for weights that are only kept and copied, in host memory.
+    """`config` for weights that are only stored and copied, in host memory.
 
     Args:
-        device: where they will compute, and which their dtypes are for; None: nowhere.
+        device: where they will be used, which decides their dtypes; None: nowhere.
     """
     if device is not None and resolve_autocast_dtype(config, device) is not None:
         config = replace(config, dtype="bfloat16")
@@ -83,13 +83,13 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> PreTra
     """The tokenizer at `path`, a Hugging Face folder or hub id.
 
     Args:
-        chat_template: replaces the tokenizer's own: Jinja text, or the path of a file with it.
+        chat_template: Jinja text, or the path of a file with it; replaces the tokenizer's own.
     Raises:
-        ConfigError: nothing at `path`, no end-of-sequence token, or a template that is neither.
+        ConfigError: nothing at `path`, no end-of-sequence token, or `chat_template` is neither.
     """
     try:
         tokenizer_class = get_tokenizer_config(path).get("tokenizer_class")
-        # For some model types AutoTokenizer puts the family's own pipeline over that of the folder.
+        # For some model types AutoTokenizer replaces the folder's pipeline by that of the family.
         loader = (
             PreTrainedTokenizerFast if tokenizer_class in _GENERIC_TOKENIZERS else AutoTokenizer
         )
@@ -112,7 +112,7 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> PreTra
 
 
 def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: World) -> Policy:
-    """The policy of the model at `path`, on this process or shared by all of `world`. Collective.
+    """The policy for the model at `path`, in this process or sharded over `world`. Collective.
 
     Raises:
         ConfigError: see `load_model` and `Policy`.
@@ -127,7 +127,7 @@ def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: Wor
         return Policy(load_model(config.model, path, seed=config.seed), **options)
     device = resolve_device(config.model)
     offload = config.sharding.cpu_offload
-    source: list[PreTrainedModel] = []  # one model on rank 0, none elsewhere
+    source: list[PreTrainedModel] = []  # one model on rank 0, empty elsewhere
     on_host = host_config(config.model, device)
     world.broadcast(lambda: source.append(load_model(on_host, path, seed=config.seed)))
     with torch.device("meta"):
@@ -155,13 +155,13 @@ def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: Wor
 def load_model(config: ModelConfig, path: str | Path, *, seed: int = 0) -> PreTrainedModel:
     """The causal language model at `path`, in training mode.
 
-    What is trained is in float32 (or float64), what adapters freeze in the dtype of the compute.
+    Trained weights are float32 (or float64); weights frozen under adapters have the compute dtype.
 
     Args:
-        seed: of the adapters, where there are any.
+        seed: for initialising adapters.
     Raises:
-        ConfigError: nothing at `path`, no causal language model there, weights missing, an override
-            that the model has no place for, or a package missing.
+        ConfigError: nothing at `path`, not a causal language model, missing weights, an override
+            that does not apply to the model, or a missing package.
     """
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -179,8 +179,8 @@ def load_model_config(config: ModelConfig, path: str | Path) -> PreTrainedConfig
     """The configuration of the model at `path`, with the overrides of `config`.
 
     Raises:
-        ConfigError: nothing at `path`, no causal language model there, or an override that the
-            model has no place for.
+        ConfigError: nothing at `path`, not a causal language model, or an override that does not
+            apply to the model.
     """
     try:
         model_config = AutoConfig.from_pretrained(path)
@@ -192,7 +192,7 @@ def load_model_config(config: ModelConfig, path: str | Path) -> PreTrainedConfig
 
 
 def _architecture(config: ModelConfig, path: str | Path) -> dict[str, Any]:
-    """What a model of `path` is made from, beside its weights."""
+    """The arguments that construct the model at `path`, apart from its weights."""
     dtype, _ = resolve_weight_dtypes(config)
     return {
         "config": load_model_config(config, path),
@@ -219,7 +219,7 @@ def _prepare(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> PreTr
 
 
 def _attention(config: ModelConfig) -> str | None:
-    """A name for transformers; None: its own choice, `sdpa` where the model has it."""
+    """An implementation by its name in transformers; None: its default, `sdpa` where supported."""
     can_flash = (
         is_installed("flash_attn")
         and resolve_device(config).type == "cuda"
@@ -242,12 +242,12 @@ def _require_liger(device: torch.device) -> None:
 
 
 def _apply_liger(model: PreTrainedModel) -> None:
-    """All kernels that liger has for the model but those of lm_head and loss, which are ours."""
+    """Apply all of Liger's kernels for the model except lm_head and loss, where we use our own."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ConfigError(f"model.liger: liger-kernel does not know {type(model).__name__}")
+        raise ConfigError(f"model.liger: liger-kernel does not support {type(model).__name__}")
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
@@ -277,7 +277,7 @@ def _require_causal_lm(config: PreTrainedConfig, path: str | Path) -> None:
 
 
 def _override(text_config: PreTrainedConfig, config: ModelConfig) -> None:
-    """Write the overrides of `config` into a transformers configuration; take all dropout out."""
+    """Write the overrides of `config` into a transformers configuration; turn off all dropout."""
     if config.rope_theta is not None:
         if "rope_theta" not in (getattr(text_config, "rope_parameters", None) or {}):
             raise ConfigError("model.rope_theta: the model has no single rope_theta to replace")
@@ -290,7 +290,7 @@ def _override(text_config: PreTrainedConfig, config: ModelConfig) -> None:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a completion: the tokenizer's and those of the generation config."""
+    """All ids that end a completion: the tokenizer's and those of the generation config."""
     ids = {tokenizer.eos_token_id}
     found = model.generation_config.eos_token_id if model.generation_config else None
     ids.update(found if isinstance(found, list) else [] if found is None else [found])
@@ -303,10 +303,10 @@ def export(
     folder: str | Path,
     world: World | None = None,
 ) -> None:
-    """Write both in Hugging Face format; `folder` is replaced at once or not at all. Collective.
+    """Write both in Hugging Face format; `folder` is replaced atomically. Collective.
 
-    Adapters are merged. A model that has some, or is shared by several ranks, is gathered bucket by
-    bucket in the host memory of rank 0.
+    Adapters are merged. Sharded or adapted weights are gathered bucket by bucket into the host
+    memory of rank 0.
     """
     world = World() if world is None else world
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
@@ -328,7 +328,7 @@ def _write(
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         model.save_pretrained(partial, state_dict=state)
-        model.config.dtype = dtype  # not that of frozen weights
+        model.config.dtype = dtype  # it was that of the frozen weights
         model.config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if folder.exists():

@@ -1,4 +1,4 @@
-"""Low-rank adapters of the linear layers of a model's body: y = W x + scale * B (A x), W frozen."""
+"""Low-rank adapters for a model's linear layers, except the head: y = W x + scale * B (A x)."""
 
 import torch
 from torch import nn
@@ -8,19 +8,19 @@ from transformers import PreTrainedModel
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import require_package
 
-_ADAPTER = "default"  # the name by which peft knows the only one there is
+_ADAPTER = "default"  # peft's name for it; there is only one
 
 
 def add_adapters(
     model: PreTrainedModel, *, rank: int, alpha: float, dtype: torch.dtype, seed: int
 ) -> None:
-    """Freeze `model`, and give each linear layer of its decoder layers an adapter to train.
+    """Freeze `model` and add a trainable adapter to each linear layer of its decoder layers.
 
     Args:
-        rank: columns of B and rows of A.
-        alpha: the scale of the adapters is alpha / rank.
+        rank: number of columns of B and rows of A.
+        alpha: the scale is alpha / rank.
         dtype: of A and B.
-        seed: of the random A; B starts at zero, and so the model as it was.
+        seed: for the random A; B starts at zero, so the model's outputs do not change.
     Raises:
         ConfigError: peft is not installed, or the model has no such layer.
     """
@@ -36,28 +36,28 @@ def add_adapters(
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     for layer in _adapted(model):
-        layer.cast_input_dtype_enabled = False  # autocast sees to it, without a float32 copy
+        layer.cast_input_dtype_enabled = False  # autocast casts, without a float32 copy
         layer.lora_A.to(dtype)
         layer.lora_B.to(dtype)
 
 
 def adapted_weights(model: nn.Module) -> dict[int, nn.Module]:
-    """The adapted layers of `model` by the id of the frozen weight in them."""
+    """The adapted layers of `model`, keyed by the id of their frozen weight."""
     return {id(layer.base_layer.weight): layer for layer in _adapted(model)}
 
 
 def is_adapter(name: str) -> bool:
-    """Whether the parameter of this name is an A or a B."""
+    """Whether the parameter called `name` is an A or a B."""
     return ".lora_A." in name or ".lora_B." in name
 
 
 def merged_name(name: str) -> str:
-    """What a frozen parameter is called in the model without adapters."""
+    """The name of a frozen parameter in the model without adapters."""
     return name.replace(".base_layer.", ".")
 
 
 def merged_weight(layer: nn.Module) -> torch.Tensor:
-    """W + scale * B A in the dtype of B, sharded as W is. Collective where it is sharded."""
+    """W + scale * B A in the dtype of B, sharded like W. Collective if W is sharded."""
     down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
     if isinstance(down, DTensor):
         down = down.redistribute(placements=[Replicate()] * down.device_mesh.ndim)

@@ -1,4 +1,4 @@
-"""The weights of a model that may be sharded and may have adapters, as Hugging Face knows them."""
+"""A model's weights as in its Hugging Face folder, although it may be sharded or have adapters."""
 
 from collections.abc import Iterable, Iterator
 
@@ -17,16 +17,16 @@ def full_weights(
     vocab_size: int | None = None,
     unties: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and weights of `model`, whole and in `dtype`, with its adapters merged. Collective.
+    """Yield names and full weights of `model` in `dtype`, with its adapters merged. Collective.
 
-    Weights are merged where they are sharded, cast, then gathered, as many at a time as fit into
-    `bucket_bytes`, or one that does not. Every rank gathers a bucket before it hands out the first
-    weight of it. What is handed out may be the model's own: it is to be read.
+    Adapters are merged into the shards, which are then cast and gathered, as many at a time as fit
+    into `bucket_bytes`, or a single larger one. Every rank gathers a whole bucket before it yields
+    the first weight. A yielded tensor may be the model's own and must not be modified.
 
     Args:
         model: a causal language model of transformers.
-        vocab_size: rows of embedding and lm_head that are kept; None: all.
-        unties: a tied weight comes under each of its names, else once, under the first.
+        vocab_size: rows of embedding and lm_head to keep; None: all.
+        unties: yield a tied weight under each of its names instead of only the first.
     """
     weights = _named_weights(model, unties)
     layers, by_token = adapted_weights(model), _by_token(model)
@@ -47,7 +47,7 @@ def full_weights(
 def weight_shapes(
     model: nn.Module, *, dtype: torch.dtype, vocab_size: int | None = None, unties: bool = False
 ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Name, dtype and shape of what `full_weights` hands out, in its order. Gathers nothing."""
+    """Name, dtype and shape of what `full_weights` yields, in its order. Gathers nothing."""
     by_token = _by_token(model)
     shapes = []
     for name, weight in _named_weights(model, unties):
@@ -60,7 +60,7 @@ def weight_shapes(
 
 def _named_weights(model: nn.Module, unties: bool) -> list[tuple[str, torch.Tensor]]:
     weights: dict[int | str, tuple[str, torch.Tensor]] = {}
-    # The state dict comes first: it shards again what a forward has left gathered.
+    # state_dict() first: it reshards what a forward left gathered.
     for name, weight in model.state_dict(keep_vars=True).items():
         if not is_adapter(name):
             weights.setdefault(name if unties else id(weight), (merged_name(name), weight))
@@ -68,7 +68,7 @@ def _named_weights(model: nn.Module, unties: bool) -> list[tuple[str, torch.Tens
 
 
 def _by_token(model: nn.Module) -> set[int]:
-    """The parameters that have a row for each token, by id."""
+    """Ids of the parameters that have one row per token of the vocabulary."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return {id(embedding.weight), id(head.weight), id(getattr(head, "bias", None))}
 

@@ -1,4 +1,4 @@
-"""A response and its problem to a score: the math grader, or a function of the user."""
+"""Scores responses with the math grader or with a user's function."""
 
 from prefix_rft.reward.grader import Grader, RewardError, clean_answer, plain_number
 from prefix_rft.reward.reward import Rewarder, Score

@@ -1,4 +1,4 @@
-"""Does a text give the gold answer: extraction, a fast path, Math-Verify in killable processes.
+"""Whether a text has the gold answer: extraction, a fast path, Math-Verify in killable processes.
 
 Imports neither torch nor transformers, and Math-Verify only inside the worker processes.
 """
@@ -22,8 +22,8 @@ from prefix_rft.checks import UserError
 if TYPE_CHECKING:
     from prefix_rft.data_types import RewardStatus
 
-MAX_ANSWER_CHARS = 4096  # a longer answer is wrong without being looked at
-START_TIMEOUT_S = 120.0  # of a worker process, before its first question
+MAX_ANSWER_CHARS = 4096  # longer answers are wrong without being parsed
+START_TIMEOUT_S = 120.0  # for a worker process to get ready for its first question
 
 _log = logging.getLogger(__name__)
 _worker_file = Path(__file__).with_name("worker.py")
@@ -36,12 +36,12 @@ _delimiters = (("\\(", "\\)"), ("\\[", "\\]"))
 
 
 class RewardError(UserError):
-    """Rewards cannot be trusted or computed; the run stops."""
+    """Rewards cannot be computed or trusted; the run stops."""
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The inside of the `\boxed{}` or `\fbox{}` that closes last, None without one; linear."""
-    open_braces: list[int | None] = []  # start of the inside where the brace is a box's
+    r"""The content of the `\boxed{}` or `\fbox{}` that closes last, or None; linear time."""
+    open_braces: list[int | None] = []  # start of the content where the brace opens a box
     found = None
     for token in _brace.finditer(text):
         if token[0] == "}":
@@ -55,7 +55,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def clean_answer(answer: str) -> str:
-    """`answer` without math delimiters, dollar signs, a box around all of it, and a full stop."""
+    """`answer` without math delimiters, dollar signs, an enclosing box, or a final full stop."""
     answer = " ".join(_dollar.sub("", answer).replace("\N{MINUS SIGN}", "-").split())
     for opening, closing in _delimiters:
         if answer.startswith(opening) and answer.endswith(closing):
@@ -68,14 +68,14 @@ def clean_answer(answer: str) -> str:
 
 
 def extract_answer(text: str, pattern: str) -> str | None:
-    r"""The cleaned answer of a response, or None where there is none.
+    r"""The cleaned answer of a response, or None if it has no answer.
 
-    Looked for after the last `</think>`, in the whole text if there is none.
+    Only the text after the last `</think>` is searched, or all of it without one.
 
     Args:
         text: the response.
-        pattern: "boxed" for the last balanced `\boxed{}`; else a marker such as "####": what
-            follows its last occurrence, to the end of the line.
+        pattern: "boxed" for the last balanced `\boxed{}`, or a marker such as "####" for the rest
+            of the line after its last occurrence.
     """
     text = text.rpartition("</think>")[2]
     if pattern == "boxed":
@@ -94,9 +94,9 @@ def plain_number(answer: str) -> Decimal | None:
 
 
 def compare_quickly(gold: str, answer: str) -> bool | None:
-    """Whether two cleaned answers agree, where that can be told without Math-Verify; else None.
+    """Whether two cleaned answers agree, if that can be decided without Math-Verify; else None.
 
-    Numbers agree when they are equal to six decimals, as in Math-Verify.
+    Numbers agree if they are equal to six decimals, as in Math-Verify.
     """
     if _text_command.sub(r"\1", gold) == _text_command.sub(r"\1", answer):
         return True
@@ -110,11 +110,11 @@ def compare_quickly(gold: str, answer: str) -> bool | None:
 
 
 class _Worker:
-    """One worker process; `task` is its question, `deadline` the time it must have replied by."""
+    """A worker process; `task` is its question, `deadline` the time by which it must reply."""
 
     def __init__(self, timeout_s: float, memory_mib: int) -> None:
-        # A process group of its own: Ctrl-C in the terminal does not reach it. -P: the modules of
-        # this folder hide no others.
+        # Its own process group, so that Ctrl-C in the terminal does not reach it. -P keeps the
+        # modules of this folder from shadowing others.
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(_worker_file), str(timeout_s), str(memory_mib)],
             stdin=subprocess.PIPE,
@@ -131,7 +131,7 @@ class _Worker:
         return self.is_ready and self.task is None
 
     def end(self) -> str:
-        """Kill the process; returns what it wrote to stderr before it was ready."""
+        """Kill the process and return what it wrote to stderr before it was ready."""
         self.process.kill()
         self.process.wait()
         errors = self.process.stderr.read().decode(errors="replace")
@@ -144,14 +144,14 @@ class _Worker:
 class Grader:
     """Math-Verify in `num_workers` processes.
 
-    A worker that hangs or dies costs its own answer only, and is replaced. The processes start at
-    once and in the background, serve until `close` (or the end of a `with` block), and end by
-    themselves when this process is gone. Not for use from several threads at once.
+    A worker that hangs or dies costs only its own answer and is replaced. The processes start right
+    away in the background, serve until `close` (or the end of a `with` block), and end by
+    themselves when this process is gone. Not thread-safe.
 
     Args:
-        num_workers: processes.
-        timeout_s: seconds for one answer.
-        memory_mib: address space of a worker above its start, in MiB (enforced on Linux).
+        num_workers: number of processes.
+        timeout_s: seconds per answer.
+        memory_mib: MiB by which a worker's address space may grow after start (only on Linux).
     """
 
     def __init__(self, *, num_workers: int, timeout_s: float, memory_mib: int) -> None:
@@ -174,7 +174,7 @@ class Grader:
         self._selector.close()
 
     def grade(self, golds: Sequence[str], answers: Sequence[str]) -> list["RewardStatus"]:
-        """correct, wrong, timeout or error for each cleaned answer against its cleaned gold answer.
+        """correct, wrong, timeout or error for each cleaned answer, given its cleaned gold answer.
 
         Raises:
             RewardError: a worker cannot be started.
@@ -191,7 +191,7 @@ class Grader:
         return statuses
 
     def parseable(self, golds: Sequence[str]) -> list[bool]:
-        """For each cleaned gold answer, whether an answer can be compared with it.
+        """For each cleaned gold answer, whether answers can be compared with it.
 
         Raises:
             RewardError: a worker cannot be started.
@@ -213,7 +213,7 @@ class Grader:
         return worker.end()
 
     def _ask(self, questions: Sequence[dict[str, str | None]]) -> list[bool | str]:
-        """The reply to each question: what the worker said, or "timeout" or "error"."""
+        """The reply to each question: the worker's, or "timeout" or "error"."""
         replies: list[bool | str | None] = [None] * len(questions)
         waiting = deque(range(len(questions)))
         num_open = len(questions)
@@ -226,7 +226,7 @@ class Grader:
                     if reply in ("timeout", "error"):
                         _log.info("grader %s on %.200r", reply, questions[task])
         finally:
-            # Left by an exception: a late reply must not be taken for the next question's.
+            # After an exception: a late reply must not be taken for that of the next question.
             for worker in [worker for worker in self._workers if worker.task is not None]:
                 self._replace(worker)
         return replies
@@ -240,13 +240,13 @@ class Grader:
             try:
                 worker.process.stdin.write(json.dumps(questions[worker.task]).encode() + b"\n")
                 worker.process.stdin.flush()
-            except BrokenPipeError:  # it died while idle; the question stays first in the queue
+            except BrokenPipeError:  # it died while idle; the question stays at the head
                 self._replace(worker)
             else:
                 waiting.popleft()
 
     def _collect(self) -> list[tuple[int, bool | str]]:
-        """Wait for the next reply, death or deadline; returns the tasks that ended."""
+        """Wait for the next reply, death or deadline; return the tasks that ended."""
         ended = []
         deadlines = [worker.deadline for worker in self._workers if not worker.is_idle]
         wait_s = max(0.0, min(deadlines) - time.monotonic()) if deadlines else 0.0

@@ -1,4 +1,4 @@
-"""Rewards: the text of a response and its problem -> a number and a status."""
+"""Rewards: a response and its problem -> a number and a status."""
 
 import importlib
 import math
@@ -19,14 +19,14 @@ RewardFunction = Callable[..., Sequence[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """The reward of one response; a user's function gives `correct` above 0, else `wrong`."""
+    """The reward of a response; with a user's function, above 0 is `correct`, else `wrong`."""
 
     reward: float
     status: RewardStatus
 
 
 def count_statuses(scores: Sequence[Score]) -> dict[RewardStatus, int]:
-    """How many scores have each status; all five are present."""
+    """The number of scores with each status; all five statuses are present."""
     counts = Counter(score.status for score in scores)
     return {status: counts[status] for status in get_args(RewardStatus)}
 
@@ -34,10 +34,10 @@ def count_statuses(scores: Sequence[Score]) -> dict[RewardStatus, int]:
 def load_reward_function(path: str) -> RewardFunction:
     """The function at `package.module:function` or `package.module.function`.
 
-    The working directory is searched too, after everything else.
+    The working directory is searched as well, last.
 
     Raises:
-        RewardError: it cannot be imported or is not callable.
+        RewardError: it cannot be imported, or is not callable.
     """
     module_name, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     if not module_name or not name:
@@ -52,19 +52,19 @@ def load_reward_function(path: str) -> RewardFunction:
     except (ImportError, AttributeError) as error:
         raise RewardError(f"reward.function: cannot import {path!r}: {error}") from error
     if not callable(function):
-        raise RewardError(f"reward.function: {path!r} is no function but {type(function).__name__}")
+        raise RewardError(f"reward.function: {path!r} is not callable: {type(function).__name__}")
     return function
 
 
 class Rewarder:
-    """Scores responses, by the math grader or by `reward.function`.
+    """Scores responses with the math grader or with `reward.function`.
 
     The math grader gives 1 for a correct answer and 0 for anything else; its processes end with
     `close` or the end of a `with` block.
 
     Args:
         config: the section `[reward]`.
-        answer_pattern: how an answer is found in a text, as in `extract_answer`.
+        answer_pattern: the `pattern` of `extract_answer`.
 
     Raises:
         RewardError: the user's function cannot be imported.
@@ -93,18 +93,18 @@ class Rewarder:
             self._grader.close()
 
     def has_answer(self, text: str) -> bool:
-        """Whether a final answer, right or wrong, is found in `text`."""
+        """Whether `text` has a final answer, right or wrong."""
         return extract_answer(text, self._answer_pattern) is not None
 
     def score(self, completions: Sequence[str], problems: Sequence[Problem]) -> list[Score]:
         """One score per completion.
 
         Args:
-            completions: decoded responses, prefix included.
+            completions: decoded responses, including their prefix.
             problems: the problem of each completion.
 
         Raises:
-            RewardError: too many grader errors, or a user's function that returned nonsense.
+            RewardError: too many grader errors, or invalid rewards from a user's function.
         """
         if len(completions) != len(problems):
             raise ValueError(
@@ -121,11 +121,11 @@ class Rewarder:
 
     @property
     def in_background(self) -> bool:
-        """Whether `grade` and `check` do what `score` does, and `grade` may run in a thread."""
+        """Whether `grade`, which may run in a thread, and then `check` can replace `score`."""
         return self._grader is not None
 
     def grade(self, completions: Sequence[str], problems: Sequence[Problem]) -> list[Score]:
-        """The math grader's scores, whatever their share of errors."""
+        """The math grader's scores, however many of them are errors."""
         answers = [extract_answer(text, self._answer_pattern) for text in completions]
         found = [i for i, answer in enumerate(answers) if answer is not None]
         golds = [clean_answer(problems[i].answer) for i in found]
@@ -139,21 +139,22 @@ class Rewarder:
     def check(
         self, scores: Sequence[Score], completions: Sequence[str], problems: Sequence[Problem]
     ) -> None:
-        """Raise RewardError where too many of the grader's scores are errors."""
+        """Raise RewardError if too many of the grader's scores are errors."""
         errors = [i for i, score in enumerate(scores) if score.status == "error"]
         if len(errors) > self._config.max_error_fraction * len(scores):
             answer = extract_answer(completions[errors[0]], self._answer_pattern)
             example = f"{answer!r:.200} against {problems[errors[0]].answer!r:.200}"
             raise RewardError(
                 f"the grader failed on {len(errors)} of {len(scores)} responses, more than "
-                f"reward.max_error_fraction = {self._config.max_error_fraction} allows; one was {example}"
+                f"reward.max_error_fraction = {self._config.max_error_fraction} allows, "
+                f"such as {example}"
             )
 
     def _score_by_function(
         self, function: RewardFunction, completions: Sequence[str], problems: Sequence[Problem]
     ) -> list[Score]:
         name = f"reward.function {self._config.function!r}"
-        # Ours come last: they win over columns of the same name.
+        # Ours come last, so they replace columns of the same name.
         columns: dict[str, list[Any]] = {
             column: [problem.columns.get(column) for problem in problems]
             for column in dict.fromkeys(c for problem in problems for c in problem.columns)
@@ -164,7 +165,7 @@ class Rewarder:
         try:
             rewards = function(completions=list(completions), **columns)
         except BaseException as error:
-            error.add_note(f"raised by {name}, called as f(completions, **columns)")
+            error.add_note(f"raised by {name}, which was called as f(completions, **columns)")
             raise
         if not hasattr(rewards, "__len__") or len(rewards) != len(completions):
             got = f"{len(rewards)}" if hasattr(rewards, "__len__") else f"{rewards!r:.100}"

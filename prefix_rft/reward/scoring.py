@@ -1,4 +1,4 @@
-"""Rewards of one step's responses, graded while others are still generated."""
+"""Rewards of a step's responses, graded while others are still being generated."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +10,10 @@ from prefix_rft.reward.reward import Rewarder, Score
 
 
 class Scoring:
-    """Takes responses as they come, in any order; use as a context manager.
+    """Takes responses as they arrive, in any order; use as a context manager.
 
-    The math grader waits in a thread for its processes; a user's reward function is called once,
-    by `scores`, with all responses in order.
+    The math grader grades in a thread; a user's reward function is called once, by `scores`, with
+    all responses in order.
     """
 
     def __init__(self, rewarder: Rewarder, problems: Sequence[Problem]) -> None:
@@ -33,12 +33,12 @@ class Scoring:
         self._executor.shutdown()
 
     def add(self, index: int, text: str) -> None:
-        """The response to `problems[index]`."""
+        """Add the response to `problems[index]`."""
         self._texts[index] = text
         self._queue.put(index)
 
     def scores(self) -> list[Score]:
-        """One for each problem, when all responses have been added.
+        """One score for each problem, once all responses have been added.
 
         Raises:
             RewardError: see `Rewarder.score`.
@@ -51,7 +51,7 @@ class Scoring:
         return self._scores
 
     def _grade(self) -> None:
-        """All that has come in since the last look, together, until None comes."""
+        """Grade in batches whatever has arrived, until None arrives."""
         while True:
             picks = [self._queue.get()]
             while None not in picks:

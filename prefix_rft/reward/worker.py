@@ -1,8 +1,9 @@
-"""The grader's worker process: questions on stdin, replies on stdout, one JSON value a line.
+"""The grader's worker process: questions on stdin, replies on stdout, one JSON value per line.
 
-Started by file path and importing nothing of this package, so that it never loads torch. A question
-is `{"gold": text, "answer": text or null}`; the reply is `true` or `false`: does the answer match
-the gold answer, or, without an answer, does the gold answer parse. The first line out is `"ready"`.
+It is started by file path and imports nothing of this package, so that it never loads torch. A
+question is `{"gold": text, "answer": text or null}`. The reply is `true` or `false`: whether the
+answer matches the gold answer or, without an answer, whether the gold answer parses. The first
+output line is `"ready"`.
 """
 
 import functools
@@ -17,7 +18,7 @@ MIB = 2**20
 
 
 def limit_memory(memory_mib: int) -> None:
-    """Cap the address space at `memory_mib` above what is in use now; on Linux only."""
+    """Cap the address space at `memory_mib` above its current size; on Linux only."""
     if sys.platform == "linux":
         with open("/proc/self/statm") as statm:
             in_use = int(statm.read().split()[0]) * resource.getpagesize()
@@ -46,7 +47,7 @@ def main() -> None:
         return verify(parsed(gold), parsed(answer), timeout_seconds=None)
 
     if not matches(r"\frac{1}{2}", "0.5") or matches("1", "2"):
-        raise SystemExit("math_verify grades 1/2 = 0.5 or 1 = 2 wrongly; is its version supported?")
+        raise SystemExit("math_verify misgrades 1/2 = 0.5 or 1 = 2; is its version supported?")
     limit_memory(memory_mib)
 
     def reply(value: object) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: written beside their place and renamed into it, checked before they are believed.
+"""Checkpoints: written under a temporary name and renamed, verified before they are loaded.
 
 <run>/checkpoints/step-000050/
     state/          trained weights and optimizers, torch.distributed.checkpoint
@@ -40,22 +40,22 @@ from prefix_rft.model import World
 
 Optimizers = Mapping[str, torch.optim.Optimizer]  # by name
 
-FORMAT = 3  # raised when the layout changes
-_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # the others are the base's
+FORMAT = 3  # incremented when the layout changes
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # the rest is the base's
 for _message in (".*torch.distributed is disabled.*", ".*the intent is to .* single process.*"):
-    warnings.filterwarnings("ignore", message=_message)  # it is; also from the writing thread
+    warnings.filterwarnings("ignore", message=_message)  # as intended; the writing thread warns too
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written or used; the message says which and why."""
+    """A checkpoint cannot be written or used; the message says which and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerState:
-    """Where a run stands; the schedules and the position in the data follow from the step."""
+    """The progress of a run; schedules and the position in the data follow from the step."""
 
-    step: int  # steps done
-    data_fingerprint: str  # of the training problems
+    step: int  # number of steps done
+    data_fingerprint: str  # identifies the training problems
     method: dict[str, Any] = field(default_factory=dict)  # what the method remembers, as JSON
 
 
@@ -64,24 +64,24 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Steps done at a checkpoint, from its name."""
+    """The number of steps done at a checkpoint, from its name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     return sorted((run_dir / "checkpoints").glob("step-[0-9]*"))
 
 
 class CheckpointWriter:
     """Writes the checkpoints of a run; use as a context manager.
 
-    Where training goes on meanwhile, what is saved is a copy in host memory, and a checkpoint is in
-    its place as soon as it is whole.
+    In the background, a copy in host memory is written while training continues. A checkpoint gets
+    its name once it is complete.
 
     Args:
-        keep: newest checkpoints that stay.
-        in_background: `save` returns once the copy is made.
+        keep: number of newest checkpoints to keep.
+        in_background: `save` returns as soon as the copy is made.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class CheckpointWriter:
         self.keep = keep
         self.in_background = in_background
         self.world = World() if world is None else world
-        self._group = None  # apart from the training's, which goes on meanwhile
+        self._group = None  # not training's own group, which is in use meanwhile
         if in_background and self.world.mesh is not None:
             self._group = dist.new_group(backend="gloo")
         self._executor = ThreadPoolExecutor(max_workers=1)
@@ -101,7 +101,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type | None, *exc: object) -> None:
-        """Waits for what is being written; on the way of another error that one is told."""
+        """Wait for the pending write; its error is only raised if no other is on its way."""
         if kind is None:
             self.finish()
         self._executor.shutdown()
@@ -110,7 +110,7 @@ class CheckpointWriter:
         """Write the checkpoint of `state.step`, then delete all but the newest. Collective.
 
         Raises:
-            CheckpointError: the disk refused, now or at the save before; earlier checkpoints are
+            CheckpointError: this or the previous checkpoint could not be written; earlier ones are
                 untouched.
         """
         self.finish()
@@ -140,15 +140,15 @@ class CheckpointWriter:
             self._pending = self._executor.submit(self._guard, target, complete)
         else:
             self._guard(target, complete)
-            self.world.all_gather_object(None)  # nobody goes on before it is in its place
+            self.world.all_gather_object(None)  # no rank continues before it is complete
 
     def check(self) -> None:
-        """Raise the CheckpointError of a checkpoint that has failed since; waits for nothing."""
+        """Raise the CheckpointError of a background write that has failed; does not wait."""
         if self._pending is not None and self._pending.done():
             self._pending.result()
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is in its place. Collective.
+        """Wait until the last checkpoint is complete. Collective.
 
         Raises:
             CheckpointError: it could not be written.
@@ -160,7 +160,7 @@ class CheckpointWriter:
                 raise error
 
     def _guard(self, target: Path, action: Callable[[], None]) -> None:
-        """`action`, whose failure leaves nothing half-written behind."""
+        """Run `action`; if it fails, remove the incomplete checkpoint."""
         try:
             action()
         except (OSError, CheckpointException) as error:
@@ -181,14 +181,14 @@ def _error_of(pending: Future) -> CheckpointError | None:
 
 
 def _start(partial: Path, description: dict) -> None:
-    """An empty folder with the description of the checkpoint to come."""
+    """Create the folder of a checkpoint with only its description in it."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / "trainer.json").write_text(json.dumps(description))
 
 
 def _publish(partial: Path, target: Path) -> None:
-    """Seal a complete checkpoint, and put it in its place at once."""
+    """Add the manifest to a complete checkpoint and rename it into place."""
     manifest = {
         str(file.relative_to(partial)): [file.stat().st_size, _crc32(file)]
         for file in sorted(partial.rglob("*"))
@@ -212,11 +212,11 @@ def load_checkpoint(
 ) -> TrainerState:
     """Restore `model`, `optimizers` and the random generators in place. Collective.
 
-    The checkpoint may have been written by any number of ranks; a rank that it has no generators of
-    keeps its own.
+    The checkpoint may have been written by any number of ranks. A rank without generator states in
+    it keeps its own.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, of another model or of other data.
+        CheckpointError: the checkpoint is damaged, or belongs to another model or other data.
     """
     world = World() if world is None else world
     description = world.broadcast(lambda: _verify(path))
@@ -224,7 +224,7 @@ def load_checkpoint(
     state = TrainerState(**description["state"])
     if state.data_fingerprint != data_fingerprint:
         raise CheckpointError(
-            f"checkpoint {path}: expected the training problems it was made with "
+            f"checkpoint {path}: expected the training problems it was written with "
             f"(fingerprint {state.data_fingerprint}), got others ({data_fingerprint})"
         )
     loaded = _states(model, optimizers)
@@ -249,10 +249,10 @@ def _states(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
 
 
 def load_model_weights(path: Path, model: nn.Module) -> None:
-    """Restore only the weights of `model`, in place; frozen ones are as they were loaded.
+    """Restore only the trained weights of `model`, in place.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model.
+        CheckpointError: the checkpoint is damaged, or belongs to another model.
     """
     _require_same_model(path, _verify(path)["shapes"], model)
     state = {"model": get_model_state_dict(model, options=_TRAINED)}
@@ -261,16 +261,16 @@ def load_model_weights(path: Path, model: nn.Module) -> None:
 
 
 def _verify(path: Path) -> dict:
-    """The description of a checkpoint whose every file is as it was written."""
+    """The description of a checkpoint, once all of its files match the manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, (size, crc) in manifest.items():
             file = path / name
             if file.stat().st_size != size or _crc32(file) != crc:
-                raise CheckpointError(f"checkpoint {path} is damaged: {name} is not as written")
+                raise CheckpointError(f"checkpoint {path} is damaged: {name} has changed")
         description = json.loads((path / "trainer.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged or foreign: {error}") from error
+        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: {error}") from error
     if description.get("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint {path}: expected format {FORMAT}, got {description.get('format')}"
@@ -286,8 +286,8 @@ def _require_same_model(path: Path, shapes: dict[str, list[int]], model: nn.Modu
     if different:
         name = different[0]
         raise CheckpointError(
-            f"checkpoint {path} is of another model: {len(different)} parameters differ, first "
-            f"{name}: expected {ours.get(name)}, got {shapes.get(name)}"
+            f"checkpoint {path} belongs to another model: {len(different)} parameters differ, the "
+            f"first is {name}: expected {ours.get(name)}, got {shapes.get(name)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run at a safe point, the same on all ranks."""
+"""SIGINT and SIGTERM end a run at a safe point, the same one on all ranks."""
 
 import signal
 import time
@@ -9,11 +9,11 @@ from types import FrameType
 from prefix_rft.checks import UserError
 from prefix_rft.model import World
 
-_SAME_SIGNAL_S = 1.0  # a launcher and the terminal may both pass on what was sent once
+_SAME_SIGNAL_S = 1.0  # launcher and terminal may both deliver one signal
 
 
 class Stopped(BaseException):
-    """The user or the scheduler asked the run to end, by `signal`. Not an error."""
+    """The user or the scheduler asked the run to end, with `signal`. Not an error."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -21,12 +21,12 @@ class Stopped(BaseException):
 
 
 class Interrupt:
-    """While entered, the first signal is remembered; a second one kills as it would without us."""
+    """While entered, the first signal is remembered; a second one has its default effect."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, world: World | None = None) -> None:
-        self.signal: int | None = None  # the one that came
+        self.signal: int | None = None  # the one received
         self._world = World() if world is None else world
         self._time = 0.0
         self._cancellable = False
@@ -52,13 +52,13 @@ class Interrupt:
 
     @contextmanager
     def cancellable(self, *, at_once: bool = True) -> Iterator[None]:
-        """A section that changes nothing worth keeping, and in which no rank waits for another.
+        """A section whose results can be discarded, and in which no rank waits for another.
 
-        A signal or an error that the user can put right, on any rank, ends it on all: they meet at
-        its end. Collective.
+        If any rank gets a signal or a UserError, all ranks raise it at the end of the section.
+        Collective.
 
         Args:
-            at_once: a signal need not wait for the end of the section.
+            at_once: on the rank that gets it, a signal ends the section immediately.
         Raises:
             Stopped, UserError: that of the lowest rank that had one.
         """

@@ -1,4 +1,4 @@
-"""The optimizer of a run, and its learning rate by step."""
+"""The optimizer of a run and its learning-rate schedule."""
 
 import math
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from prefix_rft.config import OptimizerConfig, require_package
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer `config.name` of those `parameters`, maybe sharded, that are trained.
+    """The optimizer `config.name` for those of `parameters`, possibly sharded, that are trained.
 
     Args:
-        device: of the compute.
+        device: where the update runs.
     Raises:
-        ConfigError: its package is not installed.
+        ConfigError: the package of the optimizer is not installed.
     """
     options: dict[str, Any] = {
         "lr": config.lr,
@@ -33,9 +33,9 @@ def make_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Of all parameters, from the next step on."""
+    """Set the learning rate of all parameters, from the next step on."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):  # it must stay the one that was compiled with
+        if isinstance(group["lr"], torch.Tensor):  # compiled code holds this very tensor
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
@@ -65,7 +65,7 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
     from torchao.optim import AdamW8bit
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    # The one operator that a background checkpoint's copy to the host needs and torchao lacks.
+    # The only operator that torchao lacks for a background checkpoint's copy to the host.
     @OptimState8bit.implements(torch.ops.aten.new_empty.default)
     def new_empty(func: Any, types: Any, args: tuple, kwargs: dict) -> OptimState8bit:
         like, size = args

@@ -165,7 +165,7 @@ def test_a_base_that_cannot_be_saved_is_an_error(tiny, tokenizer, monkeypatch, t
 
 
 def test_a_vocabulary_too_small_for_bytes_is_refused():
-    with pytest.raises(ConfigError, match=r"base.vocab_size: expected at least 261, got 260"):
+    with pytest.raises(ConfigError, match=r"base.vocab_size: .* at least 261, got 260"):
         replace(TINY, vocab_size=260)
 
 

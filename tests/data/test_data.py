@@ -233,11 +233,11 @@ def test_unusable_rows_are_counted_with_an_example_and_dropped(tokenizer):
     assert (report.num_rows, report.num_problems, report.num_demonstrations) == (20, 7, 4)
     text = str(report)
     for part in (
-        "rows (flat): 7 problems of 20 rows, 4 with a demonstration",
+        "rows (flat): 7 problems from 20 rows, 4 with a demonstration",
         "5 rows dropped: no prompt",
         "the first is row 3: ' '",
-        "2 rows dropped: a gold answer that the grader cannot parse; the first is row 13: '???'",
-        "1 row dropped: a prompt above data.max_prompt_tokens; the first is row 15: '51 tokens'",
+        "2 rows dropped: the grader cannot parse the gold answer; the first is row 13: '???'",
+        "1 row dropped: prompt above data.max_prompt_tokens; the first is row 15: '51 tokens'",
         "1 row without demonstration: below 2 tokens",
     ):
         assert part in text
@@ -282,7 +282,7 @@ def test_strict_refuses_what_would_be_dropped(tokenizer, extra):
 def test_no_rows_and_no_usable_row(tokenizer):
     with pytest.raises(DataError, match="rows: no rows"):
         build([], tokenizer)
-    with pytest.raises(DataError, match=r"no usable row\n.*0 problems of 3 rows(.|\n)*long|prompt"):
+    with pytest.raises(DataError, match=r"no usable row\n.*0 problems from 3 rows(.|\n)*prompt"):
         build(flat(3), tokenizer, max_prompt_tokens=2)
 
 

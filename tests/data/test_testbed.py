@@ -105,7 +105,7 @@ def test_lessons_work_when_asked_or_easy_and_else_guess():
         lessons[kind] += 1
         worked[kind] += completion != guess
     assert lessons["asked"] / 6000 == pytest.approx(0.5, abs=0.03)
-    shares = {kind: worked[kind] / lessons[kind] for kind in lessons}
-    assert shares["asked"] == 1
-    assert shares["easy"] == pytest.approx(0.75, abs=0.05)
-    assert shares["hard"] == pytest.approx(0.125, abs=0.03)
+    fractions = {kind: worked[kind] / lessons[kind] for kind in lessons}
+    assert fractions["asked"] == 1
+    assert fractions["easy"] == pytest.approx(0.75, abs=0.05)
+    assert fractions["hard"] == pytest.approx(0.125, abs=0.03)

@@ -59,7 +59,7 @@ def test_doctor_plans_for_devices_and_processes_that_are_not_here(capsys, monkey
 
 def test_numbers_that_no_run_could_have_are_refused(capsys):
     assert cli.main(["doctor", "testbed", "--num-processes", "0"]) == 2
-    assert "num-processes: expected above 0, got 0" in capsys.readouterr().err
+    assert "--num-processes: expected above 0, got 0" in capsys.readouterr().err
     command = ["doctor", "testbed", "--num-processes", "3", "--sharding.replicas", "2"]
     assert cli.main(command) == 2
     assert "sharding.replicas: expected a divisor of the 3" in capsys.readouterr().err

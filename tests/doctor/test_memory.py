@@ -294,7 +294,7 @@ def test_an_8_bit_state_is_as_large_as_torchao_makes_it() -> None:
     assert expected == 2 * real + 8 * 640
 
 
-def test_vllm_takes_its_share_while_it_is_awake() -> None:
+def test_vllm_takes_its_fraction_while_it_is_awake() -> None:
     place = Place(device=CUDA, device_bytes=2**20)
     config = {"rollout": {"engine": "vllm"}, "vllm": {"gpu_memory_utilization": 0.5}}
     terms = plan(config, place)
@@ -311,7 +311,7 @@ def test_vllm_takes_its_share_while_it_is_awake() -> None:
     terms = plan({"rollout": {"engine": "vllm_server"}}, place)  # on devices of its own
     assert "engine, vllm" not in terms and "KV cache" not in terms
     largest = 2 * 300 * 128
-    assert terms["weights, on their way to the engine"].num_bytes == 2 * 512 * 2**20 + largest
+    assert terms["weights, being sent to the engine"].num_bytes == 2 * 512 * 2**20 + largest
     terms = plan({}, replace(place, num_processes=2))
     assert terms["KV cache"].num_bytes == 4 * 50 * token_bytes
     assert terms["weights, gathered to generate"].num_bytes == 2 * numel

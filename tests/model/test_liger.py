@@ -57,7 +57,7 @@ def test_liger_needs_cuda_and_its_package(tiny_model, tmp_path, monkeypatch) -> 
 
 
 def test_a_model_that_liger_does_not_know_is_refused(make_model, liger) -> None:
-    with pytest.raises(ConfigError, match="liger-kernel does not know CohereForCausalLM"):
+    with pytest.raises(ConfigError, match="liger-kernel does not support CohereForCausalLM"):
         liger(make_model("cohere"))
 
 

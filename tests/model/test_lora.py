@@ -178,7 +178,7 @@ def test_peft_that_is_not_there_is_one_clear_error(saved, monkeypatch) -> None:
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_and_trains_the_body_alone(tmp_path) -> None:
-    config = make_run(tmp_path, model=LORA, prefix={"horizon_steps": 4})
+    config = make_run(tmp_path, model=LORA, prefix_rft={"horizon_steps": 4})
     train(replace(config, trainer=replace(config.trainer, num_steps=2)))
     [checkpoint] = list_checkpoints(config.run_dir)
     kept = dcp.FileSystemReader(checkpoint / "state").read_metadata().state_dict_metadata

@@ -170,7 +170,7 @@ def test_an_exception_of_a_users_function_comes_through_with_a_note(user_module)
     user_module("fails", "def f(completions, **columns):\n    return {}['missing']\n")
     with pytest.raises(KeyError, match="missing") as caught:
         function_rewarder("fails:f").score(["a"], [make_problem("1")])
-    note = "raised by reward.function 'fails:f', called as f(completions, **columns)"
+    note = "raised by reward.function 'fails:f', which was called as f(completions, **columns)"
     assert caught.value.__notes__ == [note]
 
 
@@ -179,7 +179,7 @@ def test_an_exception_of_a_users_function_comes_through_with_a_note(user_module)
     [
         ("no_such_module_here:f", "cannot import 'no_such_module_here:f': No module named"),
         ("math:no_such", "cannot import 'math:no_such'.*no attribute 'no_such'"),
-        ("math:pi", "'math:pi' is no function but float"),
+        ("math:pi", "'math:pi' is not callable: float"),
         ("function", "expected package.module:function .* got 'function'"),
         ("math:", "expected package.module:function .* got 'math:'"),
         (":f", "expected package.module:function .* got ':f'"),

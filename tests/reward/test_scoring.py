@@ -39,7 +39,7 @@ def test_grading_does_not_wait_for_the_last_response() -> None:
             assert [score.reward for score in scoring.scores()] == [1.0, 1.0]
 
 
-def test_the_share_of_errors_is_that_of_the_step(monkeypatch) -> None:
+def test_the_fraction_of_errors_is_that_of_the_step(monkeypatch) -> None:
     with Rewarder(RewardConfig(num_workers=1, max_error_fraction=0.4), "boxed") as rewarder:
         for num_errors, is_refused in ((1, False), (2, True)):
             monkeypatch.setattr(

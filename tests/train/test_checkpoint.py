@@ -155,13 +155,13 @@ def test_a_checkpoint_of_another_format_is_refused(saved: Path) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused(saved: Path) -> None:
     model = make_model(60)
-    with pytest.raises(CheckpointError, match="is of another model: .* parameters differ"):
+    with pytest.raises(CheckpointError, match="belongs to another model: .* parameters differ"):
         load_model_weights(list_checkpoints(saved)[-1], model)
 
 
 def test_a_checkpoint_of_other_data_is_refused(saved: Path) -> None:
     trainer = make_trainer(CONFIG, num_problems=5)
-    with pytest.raises(CheckpointError, match="the training problems it was made with"):
+    with pytest.raises(CheckpointError, match="the training problems it was written with"):
         trainer.restore(list_checkpoints(saved)[-1])
 
 
