@@ -101,9 +101,7 @@ class TrainRow:
     origin: Rollout | Problem  # a problem where the response is its demonstration
 
     @classmethod
-    def of_rollout(
-        cls, rollout: Rollout, *, advantage: float, prefix_advantage: float
-    ) -> TrainRow:
+    def of_rollout(cls, rollout: Rollout, *, advantage: float, prefix_advantage: float) -> TrainRow:
         """A rollout with its advantages, on prefix and continuation apart."""
         length = rollout.prefix_length
         prefix = Segment(
@@ -155,6 +153,16 @@ class TrainBatch:
     # [T] bool, the tokens of demonstrations that get gradient; None: all of them
     selected_mask: torch.Tensor | None = None
     active_rows: torch.Tensor | None = None  # [N] int64, positions outside which there is none
+
+    @property
+    def has_advantage(self) -> torch.Tensor:
+        """[T] bool, some token of the same row has an advantage."""
+        seen = (self.advantages != 0).cumsum(0)[
+            self.cu_seqlens[1:].long() - 1
+        ]  # [B] up to each end
+        in_row = seen.diff(prepend=seen.new_zeros(1)) > 0
+        lengths = self.cu_seqlens.diff()
+        return in_row.repeat_interleave(lengths, output_size=len(self.advantages))
 
     @property
     def loss_mask(self) -> torch.Tensor:

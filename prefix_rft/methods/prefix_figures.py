@@ -63,7 +63,7 @@ def prefix_figures(
                 yield Figure("prefix/ratio_mean", ratio, 1)
                 yield Figure("prefix/contains_answer_frac", holds_answer, 1)
     for update in updates:
-        prefix = update.batch.prefix_mask
+        prefix = update.batch.prefix_mask & update.batch.has_advantage
         selected = update.batch.selected_mask
         yield Figure("policy/kept_frac", selected.sum(), prefix.sum())
         yield Figure("policy/prefix_entropy_mean", update.entropy[prefix].sum(), prefix.sum())

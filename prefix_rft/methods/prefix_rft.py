@@ -76,12 +76,12 @@ class PrefixRFT(RFT):
     def prepare(
         self, batch: TrainBatch, log_probs: torch.Tensor, entropy: torch.Tensor, step: int
     ) -> TrainBatch:
-        """Keeps the `selection_fraction` of the prefix tokens."""
+        """Keeps the `selection_fraction` of the prefix tokens of rows with an advantage."""
         from rft_kernels import select_top_entropy
 
         selected = select_top_entropy(
             entropy,
-            batch.prefix_mask,
+            batch.prefix_mask & batch.has_advantage,
             fraction=fractions.Fraction(str(self.config.selection_fraction)),
             cu_seqlens=batch.cu_seqlens if self.config.selection_scope == "sequence" else None,
             order=self.config.selection_order,

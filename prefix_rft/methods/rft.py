@@ -28,7 +28,7 @@ class RFT(Method):
         return group_advantages(rewards, [False] * len(rewards))
 
     def mini_batches(self, groups: Sequence[Group], step: int) -> list[MiniBatch]:
-        """`prompts_per_update` groups each; one without any advantage is left out."""
+        """`prompts_per_update` groups each; one in which nothing has a gradient is left out."""
         size = self.setting.prompts_per_update
         parts = [groups[start : start + size] for start in range(0, len(groups), size)]
         mini_batches = [
@@ -43,6 +43,8 @@ class RFT(Method):
         return [mini_batch for mini_batch in mini_batches if mini_batch.rows]
 
     def _rows(self, group: Group) -> list[TrainRow]:
+        """Rollouts with an advantage; all of them where the loss has another term."""
+        every = self.setting.loss.entropy_coef != 0
         return [
             TrainRow.of_rollout(
                 rollout,
@@ -50,7 +52,7 @@ class RFT(Method):
                 prefix_advantage=advantage.prefix,
             )
             for rollout, advantage in zip(group.rollouts, self.advantages(group), strict=True)
-            if advantage.continuation or (advantage.prefix and rollout.is_hybrid)
+            if every or advantage.continuation or (advantage.prefix and rollout.is_hybrid)
         ]
 
     def loss(self, mini_batch: MiniBatch) -> PolicyConfig:

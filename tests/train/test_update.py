@@ -30,15 +30,17 @@ CONFIG = {
 }
 
 
-def straight_line_update(config: Config, model, groups, *, old_log_probs=None):
+def straight_line_update(config: Config, model, groups, *, old_log_probs=None, entropy_coef=0.0):
     """Loss, number of kept prefix tokens, number of prefix tokens: full softmaxes, row by row."""
     temperature = config.rollout.temperature
     rows = []
     for group in groups:
-        mean = sum(r.reward for r in group.rollouts) / len(group.rollouts)
+        rewards = [rollout.reward for rollout in group.rollouts]
         for rollout in group.rollouts:
-            if any(r.reward != rollout.reward for r in group.rollouts):
-                rows.append((rollout, rollout.reward - mean))
+            if len(set(rewards)) > 1:
+                rows.append((rollout, rollout.reward - sum(rewards) / len(rewards)))
+            elif entropy_coef:
+                rows.append((rollout, 0.0))
 
     log_probs, entropies = [], []
     for rollout, _ in rows:
@@ -46,12 +48,12 @@ def straight_line_update(config: Config, model, groups, *, old_log_probs=None):
         logits = model(input_ids=ids, use_cache=False).logits[0, :, :VOCAB_SIZE] / temperature
         log_p = torch.log_softmax(logits, dim=-1)[len(rollout.prompt_ids) - 1 : -1]
         log_probs.append(log_p.gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0])
-        entropies.append(-(log_p.exp() * log_p).sum(-1).detach())
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
 
     pool = [
         (-entropies[b][t].item(), b, t)
-        for b, (rollout, _) in enumerate(rows)
-        for t in range(rollout.prefix_length)
+        for b, (rollout, advantage) in enumerate(rows)
+        for t in range(rollout.prefix_length if advantage else 0)
     ]
     kept = {(b, t) for _, b, t in sorted(pool)[: len(pool) - len(pool) * 4 // 5]}
 
@@ -63,6 +65,7 @@ def straight_line_update(config: Config, model, groups, *, old_log_probs=None):
                 ratio = (log_probs[b][t] - old[t]).exp()
                 clipped = ratio.clamp(1 - config.loss.clip_low, 1 + config.loss.clip_high)
                 total = total + torch.maximum(-advantage * ratio, -advantage * clipped)
+                total = total - entropy_coef * entropies[b][t]
     num_rollouts = sum(len(group.rollouts) for group in groups)
     loss = total / (num_rollouts * config.rollout.max_response_length)
     return loss, len(kept), len(pool)
@@ -109,6 +112,27 @@ def test_update_equals_the_straight_line_script() -> None:
     assert largest_difference(trainer.policy.model, model) < 1e-6
     moved = largest_difference(model, make_trainer(CONFIG).policy.model)
     assert moved > 1e-3  # the comparison is not of two models that stood still
+
+
+def test_with_an_entropy_bonus_rollouts_without_an_advantage_have_a_gradient_too() -> None:
+    """Their continuations alone: no prefix of theirs is in the pool, so none is selected."""
+    coefficient = 0.05
+    trainer = make_trainer(CONFIG | {"loss": {"entropy_coef": coefficient}})
+    model = copy.deepcopy(trainer.policy.model)
+    groups = trainer.rollouts(StepMetrics(), Interrupt())
+    dead = [group for group in groups if len({r.reward for r in group.rollouts}) == 1]
+    assert 0 < len(dead) < len(groups)
+
+    loss, num_kept, num_prefix = straight_line_update(
+        trainer.config, model, groups, entropy_coef=coefficient
+    )
+    loss.backward()
+    apply_update(trainer.config, model, {}, 1)
+    metrics, _ = trainer.train_step(Interrupt())
+    assert metrics["policy/kept_frac"] == pytest.approx(num_kept / num_prefix)
+    assert metrics["rollout/left_out_frac"] == 0
+    assert metrics["policy/loss_mean"] == pytest.approx(loss.item(), abs=1e-9)
+    assert largest_difference(trainer.policy.model, model) < 1e-9
 
 
 def test_several_updates_keep_the_ratio_to_the_policy_that_generated() -> None:
