@@ -23,7 +23,7 @@ def toml(tmp_path: Path) -> str:
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
-    """Stand-ins for the heavy modules; the calls they get."""
+    """The calls that stand-ins for the heavy modules receive."""
     calls = []
 
     def module(name: str, **functions) -> None:
@@ -112,7 +112,7 @@ def test_an_unknown_key_in_the_file_is_one_line(tmp_path, calls, capsys):
 
 
 def test_the_configuration_must_come_first(toml, calls, capsys):
-    # its values would be lost in silence: they are the defaults of the options
+    # its values are the defaults of the options and would be silently lost
     assert cli.main(["train", "--resume", toml]) == 2
     assert "expected right after 'train'" in capsys.readouterr().err and not calls
     assert cli.main(["doctor", "--seed", "1", toml]) == 2
@@ -178,4 +178,4 @@ def test_help_is_fast_and_loads_no_torch():
     assert result.returncode == 0, result.stderr
     for command in ("train", "eval", "export", "report", "doctor"):
         assert command in result.stdout
-    assert os.times().children_user - start < 1.0  # seconds of the processor
+    assert os.times().children_user - start < 1.0  # seconds of CPU time

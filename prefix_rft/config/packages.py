@@ -27,7 +27,7 @@ def install_hint(extra: str) -> str:
 
 
 def require_package(module: str, key: str) -> None:
-    """Refuse the value of the configuration key `key` if the `module` it needs is not installed.
+    """Refuse the value of the configuration key `key` if `module`, which it needs, is missing.
 
     Raises:
         ConfigError: names the key, the module and how to install it.

@@ -29,7 +29,7 @@ class Finding:
 
     kind: Kind
     count: int
-    row: int  # of the example
+    row: int  # index of the example
     example: str
 
     def __str__(self) -> str:

@@ -1,3 +1,5 @@
+"""Optional packages: their extras, and the error if one is missing."""
+
 from importlib.metadata import metadata
 
 import pytest

@@ -1,4 +1,4 @@
-"""The base model: tokenizer, training, cache, and which texts it is made from."""
+"""The base model: tokenizer, training, cache, and the texts it is trained on."""
 
 import errno
 import json
@@ -208,7 +208,7 @@ def test_a_given_model_is_taken_as_it_is():
 
 @pytest.fixture
 def corpora(monkeypatch):
-    """What `build_base` is called with, instead of building."""
+    """The arguments of `build_base`, which builds nothing."""
     seen = []
 
     def record(config, tokenizer, corpus, seed):

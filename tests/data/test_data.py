@@ -1,4 +1,4 @@
-"""Rows of every known layout to problems, what is dropped and reported, the training order."""
+"""Rows of every known layout to problems, what is dropped and reported, training order."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a character, ids from 1000; one special token, <bos>, that must never be added."""
+    """One token per character, ids from 1000; the special token <bos> must never be added."""
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<bos>", *characters], start=1000)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -298,7 +298,7 @@ def test_a_template_that_is_missing_or_refuses(tokenizer):
 
 
 def test_prompt_and_demonstration_are_tokenised_apart(tokenizer):
-    """With merges across the seam, joint tokenisation would give other ids."""
+    """With merges across the boundary, joint tokenisation would give other ids."""
     backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, ">": 3}, [("a", "b")]))
     merging = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -318,7 +318,7 @@ def test_more_rows_than_one_batch_of_the_tokenizer(tokenizer):
         assert tokenizer.decode(problems[i].prompt_ids) == f"<u>q{i}<a>"
         assert tokenizer.decode(problems[i].demonstration_ids) == f"so it is {i}"
     assert problems[1500].demonstration_ids == ()
-    # One object per token id, or a large dataset does not fit.
+    # With one object per token, not per id, a large dataset does not fit in memory.
     assert problems[0].demonstration_ids[0] is problems[2502].demonstration_ids[0]
 
 

@@ -36,7 +36,7 @@ def test_files_load(tmp_path, form):
 
 
 def test_folders_load_by_split(tmp_path):
-    """The folder's own path, which has "test" in it here, does not count."""
+    """The path of the folder itself, which contains "test", is ignored."""
     tmp_path = tmp_path / "test" / "data"
     tmp_path.mkdir(parents=True)
     write_jsonl(tmp_path / "train-00000-of-00002.jsonl", flat(3))

@@ -1,4 +1,4 @@
-"""The synthetic problems: right, seeded, disjoint, as hard as asked."""
+"""The synthetic problems: correct, seeded, disjoint, and of the requested difficulty."""
 
 import random
 import re
@@ -17,7 +17,7 @@ ASKED = " Show the steps."
 
 
 def solve(prompt):
-    """(answer, worked lines) of a problem, from its prompt alone."""
+    """(answer, worked lines) of a problem, computed from its prompt."""
     start, *steps, question = prompt.split("\n")
     assert question.startswith("What is the result?")
     value = int(re.fullmatch(r"Start with (\d+)\.", start)[1])

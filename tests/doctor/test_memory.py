@@ -1,4 +1,4 @@
-"""The memory plan: against what a real update on the CPU holds, and against sums by hand."""
+"""The memory plan against a real update on the CPU and against sums by hand."""
 
 import weakref
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ NUM_PARAMETERS = {
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that live, `held` ones from the start, and their maximum."""
+    """Counts the bytes of live tensors, with `held` from the start, and their maximum."""
 
     def __init__(self, held: Iterable[torch.Tensor]) -> None:
         super().__init__()
@@ -163,14 +163,14 @@ def test_one_more_layer_saves_what_the_plan_says(tmp_path, dtype, lora_rank) -> 
     ("num_tokens", "ffn", "model"),
     [
         (1024, 160, {"dtype": "bfloat16"}),  # mostly activations
-        (32, 1600, {"dtype": "bfloat16"}),  # mostly weights and what is gathered of them
+        (32, 1600, {"dtype": "bfloat16"}),  # mostly weights, sharded and gathered
         (32, 1600, {"dtype": "bfloat16", "lora_rank": 8, "gradient_checkpointing": True}),
     ],
 )
 def test_the_plan_of_a_sharded_update_is_what_a_real_one_holds(
     tmp_path, num_tokens, ffn, model
 ) -> None:
-    """On one rank, whose host is its device; less than the plan allows for is uncounted."""
+    """On one rank, whose device is the host; the plan may miss only its uncounted fraction."""
     if "lora_rank" in model:
         pytest.importorskip("peft")
     path = save_model(tmp_path / "model", num_layers=4, ffn=ffn, tied=False)
@@ -264,7 +264,7 @@ def plan(config: dict, place: Place, **changes: object) -> dict[str, MemoryTerm]
 
 def test_ranks_share_what_replicas_and_offload_leave_them() -> None:
     place = Place(device=CUDA, device_bytes=GIB, num_processes=8)
-    rows = [2 * 64, 38 * 128, 38 * 128, 13 * 64]  # of 8 slices the first is the largest
+    rows = [2 * 64, 38 * 128, 38 * 128, 13 * 64]  # the first of 8 shards is the largest
     terms = plan({}, place)
     assert terms["weights, trained"].num_bytes == 4 * sum(rows)
     assert terms["gradients"].num_bytes == 4 * sum(rows)

@@ -23,7 +23,7 @@ from prefix_rft.train.run import Setup
 
 
 def given(groups: list[Group]) -> Callable[[StepMetrics, Interrupt], list[Group]]:
-    """In place of `Trainer.rollouts`: these, generated in no time."""
+    """A replacement for `Trainer.rollouts` that returns `groups`."""
 
     def rollouts(step_metrics: StepMetrics, interrupt: Interrupt) -> list[Group]:
         with step_metrics.phase("generate"):
@@ -53,4 +53,4 @@ def step(config_file: str, groups_file: str, out: str) -> None:
 if __name__ == "__main__":
     step(*sys.argv[1:])
     sys.stdout.flush()
-    os._exit(0)  # a torn down interpreter can abort on a thread of the process group
+    os._exit(0)  # interpreter shutdown can abort on a thread of the process group

@@ -1,4 +1,4 @@
-"""Several ranks on one machine, over gloo: the same results as one, and an orderly end."""
+"""Several ranks on one machine, over gloo: the results of one rank, and an orderly end."""
 
 import os
 import pickle
@@ -65,7 +65,7 @@ def step_on_ranks(config: Config, groups, folder: Path, *, ranks: int = 2) -> di
         (True, {}, 2, {"prompts_per_update": 2}, "float64", 1e-9),
         (False, {"replicas": 2}, 2, {"prompts_per_update": 2}, "float64", 1e-9),
         (True, {"cpu_offload": True}, 1, {"prompts_per_update": 2}, "float64", 1e-9),
-        # Each row by itself: in the last round some ranks have none.
+        # One row per micro-batch: in the last round some ranks have none.
         (False, {}, 3, {"prompts_per_update": 4, "micro_batch_tokens": 1}, "float32", 1e-6),
     ],
 )
@@ -77,7 +77,7 @@ def test_one_step_equals_that_of_one_process(
         tied=tied,
         model={"dtype": dtype},
         sharding=sharding,
-        optimizer={"lr": 1e-2, "eps": 1e-4},  # a small gradient's sign is no matter of rounding
+        optimizer={"lr": 1e-2, "eps": 1e-4},  # eps: rounding decides no update's sign
         trainer={"micro_batch_tokens": 50} | trainer,
     )
     alone = World()

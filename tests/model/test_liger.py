@@ -1,4 +1,4 @@
-"""Liger's kernels in the body of a model: when they are refused, and that logits stay as they were.
+"""Liger's kernels in the body of a model: when they are refused, and that logits do not change.
 
 Triton's interpreter runs them here; on a GPU they are unmeasured.
 """
@@ -21,7 +21,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture
 def liger(monkeypatch):
-    """What Liger replaces in the module of the model class is put back after the test."""
+    """Undoes after the test what Liger replaces in the module of the model class."""
     pytest.importorskip("liger_kernel")
     for name in ("apply_rotary_pos_emb", "Qwen2RMSNorm", "Qwen2MLP"):
         monkeypatch.setattr(modeling_qwen2, name, getattr(modeling_qwen2, name))
@@ -30,7 +30,7 @@ def liger(monkeypatch):
 
 @pytest.fixture
 def interpreted(monkeypatch) -> None:
-    """What Triton's interpreter lacks for Liger's kernels: float arguments, and CUDA's rsqrt."""
+    """Adds what Triton's interpreter lacks for Liger: float arguments and CUDA's rsqrt."""
     rms_norm = pytest.importorskip("liger_kernel.ops.rms_norm")
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     language, convert = interpreter.tl, interpreter._implicit_cvt

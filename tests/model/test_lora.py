@@ -1,4 +1,4 @@
-"""Adapters: what they train, their gradient, and the ordinary model that they come out as."""
+"""Adapters: what they train, their gradient, and the merged model that is exported."""
 
 from dataclasses import replace
 
@@ -80,7 +80,7 @@ def test_new_adapters_change_nothing_and_follow_from_the_seed(saved) -> None:
 
 
 def test_gradients_are_the_chain_rule_on_those_of_the_merged_weights(saved, tmp_path) -> None:
-    """dB = s dW A^T and dA = s B^T dW, where dW is the gradient of an ordinary model."""
+    """dB = s dW A^T and dA = s B^T dW, where dW is the gradient without adapters."""
     batch, loss = make_batch(), {"normalizer": 100.0, "loss": PolicyConfig()}
     model = adapted(saved)
     merged = load_model(ModelConfig(device="cpu", dtype="float64"), saved)

@@ -59,7 +59,7 @@ def make_batch(*, seed: int = 0, dtype: torch.dtype = torch.float64) -> TrainBat
 
 
 def alone_logits(model, batch: TrainBatch) -> torch.Tensor:
-    """Each row in a forward of its own: [T, V]."""
+    """Logits with one forward per row: [T, V]."""
     rows = batch.input_ids.split(batch.lengths)
     return torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
 
@@ -111,7 +111,7 @@ def test_a_row_does_not_see_the_row_before_it(make_model, attention):
         )
         return output.last_hidden_state[0, first:]
 
-    # The cache makes transformers overlook the packing: the check below would notice.
+    # With a cache transformers ignores the packing, which the check below would notice.
     assert (leaky(other) - leaky(batch.input_ids)).abs().max() > 1e-2
     policy = Policy(model, temperature=1.0, vocab_size=VOCAB)
     assert (later_rows(other) - later_rows(batch.input_ids)).abs().max() < 1e-12
@@ -234,7 +234,7 @@ def test_a_loaded_model_is_the_saved_one(saved, tiny_model):
     assert model.training and model.dtype == torch.float32
     torch.testing.assert_close(model.state_dict(), tiny_model.state_dict(), rtol=0, atol=0)
     assert load_model(ModelConfig(device="cpu", dtype="float64"), saved).dtype == torch.float64
-    # bfloat16 is of the compute: the weights that are trained stay in float32.
+    # bfloat16 is the compute dtype: trained weights stay in float32.
     assert load_model(ModelConfig(device="cpu", dtype="bfloat16"), saved).dtype == torch.float32
 
 
@@ -332,7 +332,7 @@ def test_the_chat_template_is_replaced(saved, tmp_path):
 
 
 def test_a_loaded_tokenizer_is_the_saved_one(saved, tiny_tokenizer):
-    """In a folder of a Qwen2 model AutoTokenizer would split by Qwen2's rules, to other ids."""
+    """In the folder of a Qwen2 model AutoTokenizer would use Qwen2's splitting rules."""
     text = "two  words, 12 = \\boxed{12}\n"
     loaded = load_tokenizer(saved)
     assert loaded(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]
@@ -362,7 +362,7 @@ def test_special_tokens(saved, tiny_model):
 def test_an_export_loads_as_any_hugging_face_model(make_model, tiny_tokenizer, tmp_path):
     model = make_model()
     Policy(model, temperature=1.0, vocab_size=VOCAB)
-    assert model.config._attn_implementation == LEAN_SDPA  # ours alone: it must not be saved
+    assert model.config._attn_implementation == LEAN_SDPA  # only known here: it must not be saved
     folder = tmp_path / "runs" / "model"
     export(model, tiny_tokenizer, folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder)

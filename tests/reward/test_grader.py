@@ -1,4 +1,4 @@
-"""Extraction and comparison of answers, and worker processes that stand everything sent to them."""
+"""Extraction and comparison of answers, and worker processes that survive any input."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ def pids(grader: Grader) -> set[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Zombies do not count: their parent may be gone with nobody to reap them."""
+    """Zombies do not count: with their parent gone, nobody may reap them."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -213,7 +213,7 @@ def test_which_gold_answers_can_be_compared_with(grader):
 
 def test_bombs_end_at_their_deadline_and_hold_nobody_up(strict_grader):
     before = pids(strict_grader)
-    # Two bombs first, one for each worker; the easy ones have to come after them.
+    # Two bombs first, one per worker; the easy answers must wait for them.
     answers = [BOMBS[0], BOMBS[1], "0.5", "2/4", "1/3", BOMBS[2], "x+y"]
     start = time.monotonic()
     statuses = strict_grader.grade([r"\frac12"] * len(answers), answers)

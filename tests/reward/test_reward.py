@@ -20,7 +20,7 @@ def make_problem(answer: str, /, **columns) -> Problem:
 
 @pytest.fixture
 def user_module(tmp_path, monkeypatch):
-    """Writes functions into a module of a name of its own, which is on the path."""
+    """Writes functions into a uniquely named module on the path."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def write(name: str, source: str) -> str:

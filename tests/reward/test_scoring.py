@@ -1,4 +1,4 @@
-"""Grading while generation goes on: the same scores, errors counted over the whole step."""
+"""Grading during generation: the same scores, with errors counted over the whole step."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Requests for any rollout engine, and what its completions are held against."""
+"""Requests for any rollout engine, and references for its completions."""
 
 import random
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ VOCAB = 100  # of the tokenizer; the models have 112 columns
 
 
 def make_requests(num: int, *, seed: int = 0) -> list[RolloutRequest]:
-    """Prompts of 1 to 12 tokens, prefixes of up to 20 on every third, budgets of 1 to 30."""
+    """Prompts of 1 to 12 tokens, every third with a prefix of up to 20, budgets of 1 to 30."""
     rng = random.Random(seed)
 
     def ids(count: int) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ def generate(
 def greedy_alone(
     model: PreTrainedModel, request: RolloutRequest, *, eos: Sequence[int] = (1,)
 ) -> tuple[int, ...]:
-    """The completion by a loop over full forwards without a cache."""
+    """The completion from a loop of full forwards without a cache."""
     ids = list(request.prompt_ids + request.prefix_ids)
     start = len(ids)
     with torch.no_grad():

@@ -52,7 +52,7 @@ def test_log_probs_agree_in_bfloat16(tiny_model):
 def test_greedy_equals_the_loop_without_cache(make_model, model_type, attention):
     window = {"sliding_window": 6} if model_type == "gemma2" else {}
     model = make_model(model_type, attention=attention, **window).eval()
-    # One token in twelve ends a completion, so that rows finish at all times.
+    # One token in twelve ends a completion, so that rows finish at different times.
     eos = tuple(range(0, VOCAB, 12))
     requests = make_requests(24)
     completions = generate(make_engine(model, eos=eos), requests, temperature=0.0)
@@ -73,7 +73,7 @@ def test_greedy_log_probs_are_at_temperature_one(tiny_model):
 
 
 def test_long_prefixes_of_all_rows(tiny_model):
-    """Where every row has a prefix, its common part is read at once and the rest step by step."""
+    """If every row has a prefix, the common width is prefilled and the rest is fed step by step."""
     requests = [
         RolloutRequest(prompt_ids=(5, 6), prefix_ids=(7, 8, 9) * (3 + i), max_new_tokens=20 - 3 * i)
         for i in range(4)
@@ -115,7 +115,7 @@ def test_tokens_follow_the_distribution(tiny_model):
 def test_ids_past_the_tokenizer_are_never_sampled(make_model):
     model = make_model(tie_word_embeddings=False)
     with torch.no_grad():
-        model.lm_head.weight[VOCAB:] *= 20  # would win nearly always
+        model.lm_head.weight[VOCAB:] *= 20  # would nearly always win
     policy = Policy(model, temperature=1.0, vocab_size=VOCAB)
     requests = make_requests(16)
     unmasked = generate(make_engine(model, vocab_size=112), requests)
@@ -140,7 +140,7 @@ def test_batches_do_not_change_greedy_completions(tiny_model):
 
 
 def test_training_goes_on_around_generation(make_model):
-    """Training mode with gradient checkpointing: the cache still works, the mode comes back."""
+    """In training mode with gradient checkpointing the cache works, and the mode is restored."""
     model, requests = make_model(), make_requests(12)
     expected = generate(make_engine(model), requests)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

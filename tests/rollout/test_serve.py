@@ -1,4 +1,4 @@
-"""The command that `prefix-rft serve` becomes; tests/rollout/test_vllm_server.py runs it."""
+"""The command that `prefix-rft serve` executes; tests/rollout/test_vllm_server.py runs it."""
 
 import json
 import socket
@@ -14,7 +14,7 @@ from tests.tiny import make_run
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The arguments of the process that a call becomes."""
+    """The arguments with which a call replaces the process."""
     arguments: list[str] = []
     monkeypatch.setattr(serve, "import_vllm", lambda: None)
     monkeypatch.setattr(serve.os, "execve", lambda program, argv, variables: arguments.extend(argv))
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def test_on_cuda_weights_come_over_nccl(tmp_path, monkeypatch, command):
-    """What vLLM is told; that it then runs on CUDA is unmeasured."""
+    """Only the options are checked; nothing here runs vLLM on CUDA."""
     monkeypatch.setattr(serve, "resolve_device", lambda config: torch.device("cuda"))
     config = make_run(tmp_path, vllm={"tensor_parallel_size": 2, "gpu_memory_utilization": 0.9})
     port = free_port()

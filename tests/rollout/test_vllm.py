@@ -69,7 +69,7 @@ def test_greedy_completions_are_those_of_the_transformers_engine(engine):
 
 
 def test_ids_past_the_tokenizer_are_never_sampled(engine):
-    assert engine["unmasked_id_max"] >= VOCAB  # where nothing keeps them out
+    assert engine["unmasked_id_max"] >= VOCAB  # if they are not masked out
     completions = [ids for ids, _, _ in engine["completions"]]
     assert max(max(ids) for ids in completions) < VOCAB
 
@@ -86,7 +86,7 @@ def test_draws_follow_the_distribution(engine):
 
 def test_a_request_has_its_own_stream(engine):
     assert engine["repeated"]
-    assert engine["alone"]  # whatever is generated beside it
+    assert engine["alone"]  # whatever else is in the batch
     assert not engine["other_seed"]
 
 
@@ -98,7 +98,7 @@ def test_limits_and_odd_calls(engine):
     assert "an interrupted generate left requests behind" in engine["interrupted"]
 
 
-def test_completions_are_told_as_they_end(engine):
+def test_completions_are_reported_as_they_finish(engine):
     told = [index for index, _ in engine["told"]]
     assert sorted(told) == list(range(32)) and told != sorted(told)
     completions = [ids for ids, _, _ in engine["completions"]]
@@ -140,7 +140,7 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 
 @pytest.mark.parametrize("rank", [None, "0"])
 def test_a_device_that_vllm_would_not_take_is_refused(monkeypatch, rank):
-    """Also where torchrun started the one process."""
+    """Even if torchrun started the only process."""
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
     with pytest.raises(ConfigError, match="model.device: .* got cuda:1"):
@@ -184,7 +184,7 @@ def test_no_more_than_a_bucket_is_gathered_at_once(monkeypatch):
 
 
 class RecordingLLM:
-    """What of `vllm.LLM` the pushes and the sleep of an engine use."""
+    """The part of `vllm.LLM` that pushing weights and sleeping use."""
 
     def __init__(self, *arguments: object, **options: object) -> None:
         self.calls: list[object] = []
@@ -205,7 +205,7 @@ class RecordingLLM:
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines are made of a `RecordingLLM`."""
+    """Engines use a `RecordingLLM`."""
     monkeypatch.setattr(vllm_engine, "import_vllm", lambda: SimpleNamespace(LLM=RecordingLLM))
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
@@ -223,7 +223,7 @@ def test_weights_that_vllm_does_not_know_are_one_clear_error(recording, monkeypa
 
 
 def test_on_cuda_the_engine_sleeps_until_new_weights_come(recording):
-    """The order of calls; that vLLM then frees and restores memory is unmeasured."""
+    """Only the order of calls; not that vLLM frees and restores memory."""
     model, requests = make_model(20), make_requests(1)
     engine = make_engine(model, device=torch.device("cuda"))
     push = ["reload_weights", "model.embed_tokens.weight"]

@@ -1,4 +1,4 @@
-"""A server of vLLM on a CPU, with the weights of trainers in other processes."""
+"""A vLLM server on a CPU that gets its weights from trainers in other processes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""How the tests reach the vLLM of .venv-vllm, and a run that learns within a few steps."""
+"""Access to the vLLM of .venv-vllm, and a run that learns within a few steps."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from prefix_rft.config import Config, config_from_dict
 ROOT = Path(__file__).parents[2]
 VENV = ROOT / ".venv-vllm"
 PYTHON = Path(os.environ.get("PREFIX_RFT_VLLM_PYTHON", VENV / "bin/python"))
-TOLERANCE = 1e-4  # nats, of a log-prob
+TOLERANCE = 1e-4  # nats, for a log-prob
 
 
 def skip_without_vllm() -> None:
@@ -24,18 +24,18 @@ def skip_without_vllm() -> None:
 
 
 def environment() -> dict[str, str]:
-    """One thread, and none of the settings that make this process Triton's interpreter."""
+    """One thread, and without the setting that makes Triton interpret its kernels."""
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
 def learning_run(folder: Path, base_dir: Path, *, engine: str, **vllm: object) -> Config:
-    """The testbed with a hardly trained base, and a reward that a few steps raise.
+    """The testbed with a barely trained base, and a reward that rises within a few steps.
 
     Args:
-        base_dir: where all runs find the one base.
-        vllm: of the section `[vllm]`.
+        base_dir: where all runs find the same base.
+        vllm: fields of the section `[vllm]`.
     """
     return config_from_dict(
         {
@@ -57,12 +57,12 @@ def learning_run(folder: Path, base_dir: Path, *, engine: str, **vllm: object) -
 
 
 def check_learnt(found: dict) -> None:
-    """What the worker found of a `learning_run`."""
+    """Check what the worker measured in a `learning_run`."""
     rewards = [record["reward/on_policy_mean"] for record in found["records"]]
     assert len(rewards) == 8
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.5
     assert found["summary"]["trained"]["greedy"] > found["summary"]["base"]["greedy"]
-    # A step in which all rollouts earn the same measures nothing.
+    # A step whose rollouts all get the same reward has no gap.
     gaps = [record.get("rollout/log_prob_gap_max") for record in found["records"]]
     gaps = [gap for gap in gaps if gap is not None]
     assert len(gaps) > 2 and max(gaps) < TOLERANCE

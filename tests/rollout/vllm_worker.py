@@ -34,12 +34,12 @@ from tests.rollout.rollout_cases import VOCAB, generate, log_prob_gap, make_requ
 CPU = torch.device("cpu")
 NUM_COLUMNS = 112
 LENGTH = 320  # tokens of a sequence
-SHARED_PROMPT = tuple(3 + i % 90 for i in range(280))  # two blocks of the prefix cache, and a bit
-EOS = tuple(range(0, VOCAB, 12))  # one token in twelve, so that completions end at all times
+SHARED_PROMPT = tuple(3 + i % 90 for i in range(280))  # just over two blocks of the prefix cache
+EOS = tuple(range(0, VOCAB, 12))  # one token in twelve, so that completions end at different times
 
 
 def make_model(*, tied: bool) -> Qwen2ForCausalLM:
-    """Random weights far from flat; the padded columns of the lm_head would nearly always win."""
+    """Large random weights; the padded columns of the lm_head would nearly always win."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=NUM_COLUMNS,
@@ -50,7 +50,7 @@ def make_model(*, tied: bool) -> Qwen2ForCausalLM:
         intermediate_size=96,
         max_position_embeddings=LENGTH,
         initializer_range=0.2,
-        eos_token_id=5,  # not among EOS: the engine is told what ends a completion
+        eos_token_id=5,  # not in EOS, which the engine must use instead
         pad_token_id=0,
         tie_word_embeddings=tied,
     )
@@ -79,7 +79,7 @@ def transformers_engine(model, vocab_size: int) -> TransformersEngine:
 
 
 def refused(function, *arguments, **options) -> str:
-    """The message of the error that the call ends in."""
+    """The message of the error that the call raises."""
     try:
         function(*arguments, **options)
     except (RuntimeError, ValueError, UserError) as error:
@@ -180,7 +180,7 @@ def interrupt(vllm: VLLMEngine, requests: list[RolloutRequest]) -> None:
 
 
 def ranks(found: dict) -> None:
-    """Every rank: a sharded model, pushed; requests that differ from rank to rank."""
+    """On every rank: push a sharded model, and generate requests that differ by rank."""
     with World(ShardingConfig(), CPU) as world:
         world.broadcast(forget_killed_runs)
         whole = make_model(tied=True)
@@ -239,7 +239,7 @@ def server(found: dict, file: Path) -> None:
     followed = generate(ours, requests, weights_version=1)
     found["gap_followed"] = log_prob_gap(policy, requests, followed)
 
-    # As after a kill: the first trainer has not left.
+    # As after a kill: the first trainer has not disconnected.
     theirs = make_rollout_engine(config, policy, tokenizer)
     theirs.update_weights(policy.model, 1)
     found["others"] = refused(generate, ours, requests, weights_version=1)
@@ -255,7 +255,7 @@ def server(found: dict, file: Path) -> None:
 
 
 def gathered_in_advance(source, policy: Policy) -> int:
-    """How many weights of a push are gathered before they are asked for, at most."""
+    """The most weights of a push that are gathered before they are requested."""
     source.start(policy.model)
     with patch.object(weights, "full_tensor", wraps=weights.full_tensor) as gather:
         return max(gather.call_count - number for number, _ in enumerate(source, 1))
@@ -266,9 +266,9 @@ def greedy_ids(completions: list[Completion]) -> list[tuple[int, ...]]:
 
 
 def forget_killed_runs() -> None:
-    """Without CUDA, vLLM's tensor parallel ranks share memory whose name a killed run leaves taken.
+    """Remove the shared memory of vLLM's tensor-parallel ranks that killed runs left behind.
 
-    Who has it open already keeps it.
+    Without CUDA its name would stay taken. Processes that have it open keep it.
     """
     for file in Path("/dev/shm").glob("*-cpushm_*"):
         file.unlink()
@@ -283,7 +283,7 @@ def run(found: dict, file: Path) -> None:
 
 
 def many_digits(completions: list[str], **columns: object) -> list[float]:
-    """A reward that a hardly trained base can raise within a few steps."""
+    """A reward that a barely trained base can raise within a few steps."""
     return [float(4 * sum(map(str.isdigit, text)) > len(text)) for text in completions]
 
 
@@ -296,4 +296,4 @@ if __name__ == "__main__":
         Path(out).write_text(json.dumps(found))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
-        os._exit(0)  # a torn down interpreter can abort on a thread of the process group
+        os._exit(0)  # interpreter shutdown can abort on a thread of the process group

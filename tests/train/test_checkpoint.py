@@ -27,7 +27,7 @@ CONFIG = {
 
 
 def run(trainer, num_steps: int) -> list[dict]:
-    """The metrics of the next steps, wall times left out."""
+    """The metrics of the next steps, without wall times."""
     records = [trainer.train_step(Interrupt())[0] for _ in range(num_steps)]
     timed = ("time/", "throughput/")
     return [{k: v for k, v in r.items() if not k.startswith(timed)} for r in records]
@@ -44,7 +44,7 @@ def is_equal(model, other) -> bool:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A run folder with one checkpoint, of step 2."""
+    """A run folder with one checkpoint, at step 2."""
     trainer = make_trainer(CONFIG)
     run(trainer, 2)
     save(trainer, tmp_path)
@@ -55,7 +55,7 @@ def test_resume_continues_bit_for_bit(saved: Path) -> None:
     whole = make_trainer(CONFIG)
     records = run(whole, 4)
     resumed = make_trainer(CONFIG)
-    run(resumed, 1)  # whatever it did before must not shine through
+    run(resumed, 1)  # nothing it did before may have an effect
     resumed.restore(list_checkpoints(saved)[-1])
     assert resumed.step_index == 2
     assert run(resumed, 2) == records[2:]
@@ -76,7 +76,7 @@ def test_generators_are_restored(saved: Path) -> None:
 
 
 def test_a_machine_with_fewer_devices_takes_up_the_generators(monkeypatch) -> None:
-    generators = [torch.Generator() for _ in range(2)]  # in the place of two devices'
+    generators = [torch.Generator() for _ in range(2)]  # stand for those of two devices
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "default_generators", generators)
     random = torch.cuda.random
@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(saved: Path, in_background:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in (saved / "checkpoints").iterdir()] == ["step-000002"]
     make_trainer(CONFIG).restore(list_checkpoints(saved)[-1])
-    save(trainer, saved)  # room again: the run goes on
+    save(trainer, saved)  # with room again, the run continues
     assert list_checkpoints(saved)[-1].name == "step-000003"
 
 

@@ -1,4 +1,4 @@
-"""The optimizers: what they are made of, a step by hand, and the way through a checkpoint."""
+"""The optimizers: their state, a step by hand, and restoring from a checkpoint."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ CONFIG = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
 
 def make_model() -> nn.Linear:
     torch.manual_seed(0)
-    return nn.Linear(64, 128)  # a weight of 8,192 numbers: torchao keeps fewer than 4,096 whole
+    return nn.Linear(64, 128)  # 8,192 numbers: torchao does not quantise below 4,096
 
 
 def take_step(model: nn.Linear, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -73,7 +73,7 @@ def test_the_8_bit_state_takes_two_bytes_a_weight_and_survives_a_checkpoint(
         assert isinstance(average, DTensor) == is_sharded
         local = average.to_local() if is_sharded else average
         assert local.codes.dtype == torch.uint8 and local.codes.shape == (128, 64)
-        assert len(local.scale) == 128 * 64 / 256  # one for a block of 256
+        assert len(local.scale) == 128 * 64 / 256  # one per block of 256
         state = TrainerState(step=1, data_fingerprint="data")
         options = {"keep": 1, "in_background": in_background, "world": world}
         with CheckpointWriter(tmp_path, **options) as checkpoints:
