@@ -4,6 +4,7 @@ import pytest
 import torch
 from rft_kernels import (
     linear_prefix_rft_loss,
+    linear_token_loss,
     prefix_rft_loss,
     select_top_entropy,
     token_stats,
@@ -109,6 +110,20 @@ def head(arguments: dict) -> dict:
     return rest | {"hidden": hidden, "lm_head_weight": weight.requires_grad_()}
 
 
+def function_loss(arguments: dict) -> torch.Tensor:
+    """A loss of both statistics, of the rows with an advantage."""
+    return linear_token_loss(
+        arguments["hidden"],
+        arguments["lm_head_weight"],
+        arguments["targets"],
+        lambda log_probs, entropy, advantages: -advantages * log_probs * entropy.tanh(),
+        tokens=(arguments["advantages"],),
+        mask=arguments["response_mask"],
+        normalizer=arguments["normalizer"],
+        active_rows=arguments["active_rows"],
+    ).loss
+
+
 CALLS = {
     "selecting": loss_and_gradient,
     "selected": lambda x: loss_and_gradient(selected(x)),
@@ -116,6 +131,7 @@ CALLS = {
         x | {"cu_seqlens": torch.arange(0, 513, 64, device="cuda")}
     ),
     "hidden states": lambda x: linear_prefix_rft_loss(**x).loss.backward(),
+    "a function": lambda x: function_loss(x).backward(),
     "selection": lambda x: select_top_entropy(x["old_log_probs"].abs(), x["prefix_mask"]),
 }
 
@@ -123,7 +139,7 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_nothing_waits_for_the_device(call):
     arguments = batch(512, 4097)
-    if call is CALLS["hidden states"]:
+    if call in (CALLS["hidden states"], CALLS["a function"]):
         arguments = head(arguments)
         arguments["active_rows"] = torch.arange(100, device="cuda")
     call(arguments)
@@ -133,6 +149,23 @@ def test_nothing_waits_for_the_device(call):
         call(arguments)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+
+
+def test_a_function_equals_eager():
+    arguments = head(batch(300, 4097, torch.float32))
+    arguments["active_rows"] = arguments["advantages"].nonzero()[:, 0]
+    hidden, weight = arguments["hidden"], arguments["lm_head_weight"]
+    found = function_loss(arguments)
+    log_p = torch.log_softmax(hidden.double() @ weight.double().T, -1)
+    log_probs = log_p.gather(-1, arguments["targets"][:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    losses = -arguments["advantages"] * log_probs * entropy.tanh()
+    expected = losses[arguments["response_mask"]].sum() / arguments["normalizer"]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    for x, y in zip(
+        *(torch.autograd.grad(loss, (hidden, weight)) for loss in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["selecting", "selected", "selection"])

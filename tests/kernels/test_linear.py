@@ -12,7 +12,7 @@ from rft_kernels import (
     reference,
 )
 from rft_kernels.linear import gemm, ops, passes, tiles
-from rft_kernels.objective import Tokens
+from rft_kernels.objective import FunctionLoss, Tokens
 from test_behaviour import SLACK_BYTES, compiled, peak_bytes
 
 CONFIG = PolicyConfig(entropy_coef=0.05, dual_clip=1.2)
@@ -295,6 +295,9 @@ def test_passes_on_a_device_read_no_value(monkeypatch, dtype, num_active):
     tokens = Tokens(floats, mask, floats, mask, floats, floats)
     rows = rows._replace(only_active=False)
     found = ops.policy_of(head, rows, tokens, CONFIG.terms, [True] * 4)
+    function = FunctionLoss(lambda log_probs, entropy, x: x * log_probs, (floats,), check=False)
+    others = ops.function_of(head, rows, function, [True] * 4)
+    assert [x.shape for x in others] == [x.shape for x in found]
     assert [x.shape for x in found] == [(50,), (50,), *shapes]
     assert {x.dtype for x in found} == {torch.float32}
 

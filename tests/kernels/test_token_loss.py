@@ -1,6 +1,7 @@
 """Losses of the caller's, from logits and from hidden states, against eager in float64."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -287,6 +288,41 @@ def test_without_gradients():
         **inputs | {"loss_fn": lambda log_probs, entropy: log_probs.detach()}
     )
     assert not any(x.any() for x in gradients(constant.loss, inputs))
+
+
+def test_torch_compile_goes_round_it():
+    inputs = case(luffy)
+    hidden = inputs.pop("hidden")
+    torch._dynamo.reset()
+
+    def outcome(x):
+        return linear_token_loss(x * 2, **inputs).loss * 3
+
+    losses = outcome(hidden), torch.compile(outcome, backend="aot_eager")(hidden)
+    assert torch.equal(*losses)
+    assert torch.equal(*(torch.autograd.grad(loss, hidden)[0] for loss in losses))
+
+
+def test_the_examples_of_the_readme():
+    text = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
+    (code,) = (x for x in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def luffy" in x)
+    inputs = case(luffy)
+    hidden, (advantages,) = inputs["hidden"], inputs["tokens"]
+    head = LMHead(8, 33, bias=False).double()
+    given = {"hidden": hidden, "lm_head": head, "advantages": advantages, "n": 7}
+    given |= {"linear_token_loss": linear_token_loss}
+    names = given | {k: inputs[k] for k in ("targets", "mask")}
+    exec(code, names)
+    options = {"mask": inputs["mask"], "normalizer": 7}
+    expected = linear_token_loss(
+        hidden, head.weight, inputs["targets"], luffy, tokens=(advantages,), **options
+    )
+    assert torch.equal(names["out"].loss, expected.loss)
+    found, expected = (
+        linear_token_loss(hidden, head.weight, inputs["targets"], f, **options, check=True)
+        for f in (names["unsure"], unsure)
+    )
+    assert torch.equal(found.loss, expected.loss) and "p_sum" in found.metrics
 
 
 ACROSS = {

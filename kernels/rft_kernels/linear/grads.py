@@ -56,7 +56,7 @@ class Grads:
         dhidden, dweight = self._sums[:2]
         dweight[len(self._head.weight) if self._num_tiles else 0 :] = 0
         if self._needs[0]:
-            self._head.share(dhidden)
+            self._head.all_reduce(dhidden)
         return tuple(self._sums)
 
 

@@ -85,7 +85,7 @@ def linear_token_stats(
             head brings it; neither a second [V, D] matrix nor its gradient is formed.
         softcap: above 0, in units of the logits, before the temperature.
         workspace_bytes: bound of the vocabulary-sized temporaries, in bytes; five rows of logits at
-            least. More than pays is not used.
+            least. No more is used than makes it faster.
         temperature, row_mask, vocab_size, backend: see `token_stats`; columns from `vocab_size` on
             are not even projected.
         process_group: `lm_head_weight`, and what comes by classes beside it, are this rank's part

@@ -153,7 +153,7 @@ class Head:
         )
         return out
 
-    def share(self, dhidden: Tensor) -> None:
+    def all_reduce(self, dhidden: Tensor) -> None:
         """Called with the whole gradient of the hidden states."""
 
 

@@ -90,7 +90,7 @@ class ShardedHead(Head):
     def grad(self, tile: Tensor, logits: Tensor, *rows: Tensor | None) -> Tensor:
         return super().grad(tile, logits, *rows) if logits.shape[1] else logits
 
-    def share(self, dhidden: Tensor) -> None:
+    def all_reduce(self, dhidden: Tensor) -> None:
         dist.all_reduce(dhidden, group=self.shard.group)
 
 

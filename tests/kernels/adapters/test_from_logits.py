@@ -14,7 +14,7 @@ import verl_stand_in
 from rft_kernels import token_stats
 from rft_kernels.adapters import _patch, liger, trl, verl
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 B, L, V = 3, 7, 41
 
 
@@ -268,7 +268,7 @@ def liger_own_outcomes() -> list[list]:
     pytest.importorskip("liger_kernel", reason="Liger is not installed")
     code = (
         "import json, sys, torch; torch.set_num_threads(1);"
-        "from test_adapters import liger_outcomes;"
+        "from test_from_logits import liger_outcomes;"
         "from liger_kernel.transformers.grpo_loss import triton_grpo_loss;"
         "print(json.dumps(liger_outcomes(triton_grpo_loss)))"
     )

@@ -15,10 +15,10 @@ import torch.multiprocessing as mp
 import verl_stand_in
 from rft_kernels import adapters, linear_token_stats
 from rft_kernels.adapters import liger, trl, verl
-from test_adapters import seeded
+from test_from_logits import seeded
 from torch.distributed.tensor import Shard, distribute_tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 B, L, V, D = 3, 7, 41, 16
 
 

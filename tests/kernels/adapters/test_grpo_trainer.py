@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from rft_kernels.adapters import trl as adapter
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 EXAMPLE = ROOT / "kernels" / "examples" / "trl_grpo.py"
 
 
