@@ -290,10 +290,8 @@ def _tokenized(drafts: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) ->
     for start in range(0, len(drafts), _TOKENIZER_BATCH):
         batch = [_without_second_think(d) for d in drafts[start : start + _TOKENIZER_BATCH]]
         prompts = ids_of([draft.prompt for draft in batch])
-        shown = [draft for draft in batch if draft.demonstration is not None]
-        demonstrations = iter(ids_of([draft.demonstration for draft in shown]) if shown else ())
-        for draft, prompt_ids in zip(batch, prompts, strict=True):
-            ids = () if draft.demonstration is None else next(demonstrations)
+        demonstrations = ids_of([draft.demonstration or "" for draft in batch])
+        for draft, prompt_ids, ids in zip(batch, prompts, demonstrations, strict=True):
             yield dataclasses.replace(draft, prompt_ids=prompt_ids, demonstration_ids=ids)
 
 
