@@ -12,6 +12,7 @@ from prefix_rft.model.loading import (
     resolve_autocast_dtype,
     resolve_device,
     resolve_weight_dtypes,
+    try_export,
 )
 from prefix_rft.model.policy import Policy
 from prefix_rft.model.weights import full_weights, weight_shapes
@@ -32,5 +33,6 @@ __all__ = [
     "resolve_autocast_dtype",
     "resolve_device",
     "resolve_weight_dtypes",
+    "try_export",
     "weight_shapes",
 ]

@@ -1,7 +1,10 @@
 """Loads tokenizer and model from a folder or the hub, with checks and overrides; exports them."""
 
+import copy
 import os
+import re
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import Config, ModelConfig, is_installed, require_package
@@ -297,6 +302,33 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return tuple(sorted(ids))
 
 
+def try_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Write all that `export` writes but the weights, to a folder that is deleted again.
+
+    Returns:
+        a notice for the user, where something is carried over that transformers would refuse.
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_descriptions(model, model.dtype, tokenizer, Path(folder))
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model.path: expected a model that can be written again, but its configuration or "
+            f"tokenizer cannot: {error}"
+        ) from error
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        issues = re.findall(r"^- `(\w+)`", str(error), re.MULTILINE) or [str(error)]
+        return (
+            f"{GENERATION_CONFIG_NAME} of the base is inconsistent ({', '.join(issues)}): the trained "
+            "model gets it as it is"
+        )
+    return None
+
+
 def export(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -327,10 +359,8 @@ def _write(
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        model.save_pretrained(partial, state_dict=state)
-        model.config.dtype = dtype  # it was that of the frozen weights
-        model.config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        _write_weights(model, state, partial)
+        _write_descriptions(model, dtype, tokenizer, partial)
         if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
@@ -339,3 +369,25 @@ def _write(
         if not folder.exists() and replaced.exists():
             replaced.rename(folder)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_weights(model: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
+    # transformers loads generation configs that it refuses to save: ours is written apart.
+    ours, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.generation_config = ours
+
+
+def _write_descriptions(
+    model: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Everything but the weights."""
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype  # it was that of the frozen weights
+    config.save_pretrained(folder)
+    model.generation_config.to_json_file(
+        folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"]
+    )
+    tokenizer.save_pretrained(folder)

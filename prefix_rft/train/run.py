@@ -32,6 +32,7 @@ from prefix_rft.model import (
     load_policy,
     load_tokenizer,
     resolve_device,
+    try_export,
 )
 from prefix_rft.reward import Rewarder, RewardError
 from prefix_rft.rollout import EngineError, make_engine, max_sequence_length, serving
@@ -56,7 +57,8 @@ def train(config: Config, *, resume: bool = False) -> dict:
         resume: continue from the newest checkpoint of the folder, if there is one; a finished run
             is left as it is.
     Returns:
-        the summary: "base" and "trained", each as `summarize` returns it.
+        the summary: "base" and "trained", each as `summarize` returns it, and the number of steps
+        of the model that is written, "model_step".
     Raises:
         UserError: something the user can put right.
         Stopped: SIGINT or SIGTERM came; the last whole step is in a checkpoint.
@@ -83,9 +85,12 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
             config = trainer.config
             if _is_finished(config, summary, checkpoints):
                 return _nothing_left(run_dir, summary, world)
+        notice = world.broadcast(lambda: try_export(setup.policy.model, setup.tokenizer))
         if not checkpoints:
             world.broadcast(lambda: save_config(config, run_dir / CONFIG_FILE))
         logger = stack.enter_context(_logger(config, world, checkpoints))
+        if notice:
+            logger.message(notice)
         for report in setup.data.reports:
             logger.message(str(report))
         left_out = len(setup.data.train) - len(trainer.problems)
@@ -94,23 +99,30 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
         if "base" not in summary:
             logger.message("evaluating the base model")
             summary = {"base": setup.evaluate(interrupt, version=0)}
-            if world.is_main:
-                _write_summary(run_dir, summary)
+            _write_summary(run_dir, summary, world)
         if checkpoints:
             logger.message(f"resuming from {checkpoints[-1]}")
             trainer.restore(checkpoints[-1])
             world.broadcast(lambda: save_config(config, run_dir / CONFIG_FILE))
         else:
             logger.log(0, _eval_metrics(summary["base"]), kind="eval")
+        if trainer.step_index < config.trainer.num_steps:
+            summary = {"base": summary["base"]}  # of other weights than those to come
+            _write_summary(run_dir, summary, world)
         _loop(config, setup, trainer, logger, interrupt)
-        logger.message("evaluating the trained model")
-        trained = setup.evaluate(interrupt, version=trainer.step_index)
-        logger.log(trainer.step_index, _eval_metrics(trained), kind="eval")
-    export(setup.policy.model, setup.tokenizer, run_dir / MODEL_FOLDER, world)
-    summary = {"base": summary["base"], "trained": trained}
-    if world.is_main:
-        _write_summary(run_dir, summary)
-        write_report(run_dir)
+        if "trained" not in summary:
+            logger.message("evaluating the trained model")
+            trained = setup.evaluate(interrupt, version=trainer.step_index)
+            logger.log(trainer.step_index, _eval_metrics(trained), kind="eval")
+            summary |= {"trained": trained}
+    _write_summary(run_dir, summary, world)
+    try:
+        if world.is_main:
+            write_report(run_dir)
+    finally:
+        export(setup.policy.model, setup.tokenizer, run_dir / MODEL_FOLDER, world)
+    summary |= {"model_step": config.trainer.num_steps}
+    _write_summary(run_dir, summary, world)
     return summary
 
 
@@ -157,7 +169,7 @@ def _for_method(config: Config, problems: list[Problem]) -> tuple[Config, list[P
 
 
 def _is_finished(config: Config, summary: dict, checkpoints: list[Path]) -> bool:
-    """Whether the run has its last checkpoint and its results.
+    """Whether the run has its last checkpoint, its results and its model.
 
     Raises:
         ConfigError: it has done more steps than it is to do.
@@ -169,7 +181,8 @@ def _is_finished(config: Config, summary: dict, checkpoints: list[Path]) -> bool
             f"trainer.num_steps: expected at least the {done} steps done in {run_dir}, "
             f"got {num_steps}"
         )
-    return "trained" in summary and checkpoint_dir(run_dir, num_steps) in checkpoints
+    is_written = summary.get("model_step") == num_steps
+    return is_written and checkpoint_dir(run_dir, num_steps) in checkpoints
 
 
 def _nothing_left(run_dir: Path, summary: dict, world: World) -> dict:
@@ -216,8 +229,12 @@ def export_checkpoint(run_dir: Path, step: int | None, folder: Path) -> None:
     config = load_config(run_dir / CONFIG_FILE)
     base = resolve_base(config)
     model = load_model(host_config(config.model), base)
+    tokenizer = load_tokenizer(base, config.model.chat_template)
+    notice = try_export(model, tokenizer)
+    if notice:
+        print(notice)
     load_model_weights(checkpoints[max(checkpoints) if step is None else step], model)
-    export(model, load_tokenizer(base, config.model.chat_template), folder)
+    export(model, tokenizer, folder)
 
 
 class Setup:
@@ -349,7 +366,9 @@ def _read_summary(run_dir: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _write_summary(run_dir: Path, summary: dict) -> None:
+def _write_summary(run_dir: Path, summary: dict, world: World) -> None:
+    if not world.is_main:
+        return
     partial = run_dir / f".partial-{SUMMARY_FILE}"
     partial.write_text(json.dumps(summary, indent=2) + "\n")
     os.replace(partial, run_dir / SUMMARY_FILE)

@@ -35,7 +35,7 @@ def test_it_trains(tmp_path: Path) -> None:
     summary = train(config)
     lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
-    assert summary.keys() == {"base", "trained"}
+    assert {"base", "trained"} <= summary.keys()
     assert len(steps) == 2
     assert all(0 < step["raft/kept_frac"] == step["reward/mean"] < 1 for step in steps)
     assert all(step["optim/grad_norm_mean"] > 0 for step in steps)
