@@ -323,8 +323,8 @@ def try_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> st
     except ValueError as error:
         issues = re.findall(r"^- `(\w+)`", str(error), re.MULTILINE) or [str(error)]
         return (
-            f"{GENERATION_CONFIG_NAME} of the base is inconsistent ({', '.join(issues)}): the trained "
-            "model gets it as it is"
+            f"{GENERATION_CONFIG_NAME} of the base is inconsistent ({', '.join(issues)}): the "
+            "trained model gets it as it is"
         )
     return None
 
