@@ -13,6 +13,7 @@ from prefix_rft.metrics.measures import (
 from prefix_rft.metrics.report import write_report
 from prefix_rft.metrics.step_metrics import StepMetrics
 from prefix_rft.metrics.summary import COLUMNS, result_rows
+from prefix_rft.metrics.watch import Watch
 
 __all__ = [
     "COLUMNS",
@@ -20,6 +21,7 @@ __all__ = [
     "LogProbGapError",
     "MetricsLogger",
     "NoLogger",
+    "Watch",
     "check_gap",
     "describe_group",
     "log_prob_gap",

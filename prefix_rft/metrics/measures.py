@@ -17,7 +17,8 @@ class LogProbGapError(UserError):
     """What the engine sampled from is not what the trainer trains; the run stops."""
 
 
-STATUSES = ("correct", "wrong", "no_answer", "timeout", "error")
+UNGRADED = ("no_answer", "timeout", "error")
+STATUSES = ("correct", "wrong", *UNGRADED)
 
 
 def measure_rollouts(step_metrics: StepMetrics, groups: Sequence[Group]) -> None:
@@ -28,9 +29,14 @@ def measure_rollouts(step_metrics: StepMetrics, groups: Sequence[Group]) -> None
         step_metrics.mean("rollout/response_length_mean", len(rollout.response_ids), 1)
         step_metrics.mean("rollout/truncated_frac", rollout.finish_reason == "length", 1)
         step_metrics.add("rollout/generated_tokens_sum", len(rollout.rollout_log_probs))
+    rewards = [[rollout.reward for rollout in group.rollouts] for group in groups]
+    for each in filter(lambda each: len(each) > 1, rewards):
+        step_metrics.mean("reward/zero_std_frac", len(set(each)) == 1, 1)
     statuses = Counter(rollout.status for rollout in rollouts)
     for status in STATUSES if rollouts else ():
         step_metrics.add(f"grader/{status}_sum", statuses[status])
+    for status in UNGRADED:
+        step_metrics.mean(f"grader/{status}_frac", statuses[status], len(rollouts))
 
 
 def measure_updates(

@@ -18,8 +18,8 @@ from prefix_rft.methods import declared_progress
 Kind = Literal["train", "eval"]
 Metrics = Mapping[str, float]
 
-# What a person watches: a label, then (word, metric, format) for each figure under it. What methods
-# declare comes between the two.
+# What a person watches: a label, then (word, metric, format) for each figure under it; a "rare" one
+# is left out where it is 0. What methods declare comes between the two.
 FIRST_FIGURES = {
     "reward": (("", "reward/mean", ".3f"),),
     "loss": (("", "policy/loss_mean", ".3g"),),
@@ -30,6 +30,9 @@ FIGURES = {
     "rollouts": (
         ("left out", "rollout/left_out_frac", ".2f"),
         ("truncated", "rollout/truncated_frac", ".2f"),
+        ("no answer", "grader/no_answer_frac", "rare"),
+        ("grader timeouts", "grader/timeout_frac", "rare"),
+        ("grader errors", "grader/error_frac", "rare"),
         ("tokens", "rollout/response_length_mean", ".0f"),
     ),
     "time": (
@@ -69,7 +72,7 @@ def describe(metrics: Metrics) -> list[tuple[str, str]]:
         texts = [
             f"{word} {_format(metrics[name], form)}".strip()
             for word, name, form in figures
-            if name in metrics
+            if name in metrics and not (form == "rare" and metrics[name] == 0)
         ]
         if texts:
             described.append((label, " ".join(texts)))
@@ -79,7 +82,9 @@ def describe(metrics: Metrics) -> list[tuple[str, str]]:
 def _format(value: float, form: str) -> str:
     if form == "s":
         return format_seconds(value)
-    return format_rate(value) if form == "tokens/s" else f"{value:{form}}"
+    if form == "tokens/s":
+        return format_rate(value)
+    return f"{value:.2f}" if form == "rare" else f"{value:{form}}"
 
 
 class Display(Protocol):

@@ -22,7 +22,7 @@ from prefix_rft.data import load_problems, resolve_base
 from prefix_rft.data_types import Problem
 from prefix_rft.evaluate import answer, summarize
 from prefix_rft.methods import find_method
-from prefix_rft.metrics import LogProbGapError, MetricsLogger, NoLogger, write_report
+from prefix_rft.metrics import LogProbGapError, MetricsLogger, NoLogger, Watch, write_report
 from prefix_rft.model import (
     World,
     export,
@@ -96,10 +96,13 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
         left_out = len(setup.data.train) - len(trainer.problems)
         if left_out:
             logger.message(f"{config.method.name} cannot learn from {left_out} problems: left out")
+        watch = Watch(config.data.answer_pattern)
         if "base" not in summary:
             logger.message("evaluating the base model")
             summary = {"base": setup.evaluate(interrupt, version=0)}
             _write_summary(run_dir, summary, world)
+            if warning := watch.of_base(summary["base"]):
+                logger.message(warning)
         if checkpoints:
             logger.message(f"resuming from {checkpoints[-1]}")
             trainer.restore(checkpoints[-1])
@@ -109,7 +112,7 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
         if trainer.step_index < config.trainer.num_steps:
             summary = {"base": summary["base"]}  # of other weights than those to come
             _write_summary(run_dir, summary, world)
-        _loop(config, setup, trainer, logger, interrupt)
+        _loop(config, setup, trainer, logger, watch, interrupt)
         if "trained" not in summary:
             logger.message("evaluating the trained model")
             trained = setup.evaluate(interrupt, version=trainer.step_index)
@@ -311,6 +314,7 @@ def _loop(
     setup: Setup,
     trainer: Trainer,
     logger: MetricsLogger | NoLogger,
+    watch: Watch,
     interrupt: Interrupt,
 ) -> None:
     """Train to the last step; a checkpoint every n steps, at the end, and when stopped."""
@@ -328,6 +332,8 @@ def _loop(
                 with _profiled(config, step, setup.world):
                     metrics, sample = trainer.train_step(interrupt)
                 logger.log(step, metrics)
+                if warning := watch.of_step(metrics, sample):
+                    logger.message(warning)
                 if step % config.trainer.sample_every == 0:
                     logger.log_rollouts(step, [sample])
                 done = trainer.step_index
