@@ -10,6 +10,8 @@ from typing import Any, get_type_hints
 
 import torch
 
+from ._ops import add_op_namespace_prefix
+
 
 def flatten(arguments: Sequence[Any]) -> list[Any]:
     """The arguments, and in place of a bundle its fields."""
@@ -21,7 +23,7 @@ class BundledOp:
 
     def __init__(self, name: str, function: Callable, mutates_args: Iterable[str] = ()) -> None:
         hints = get_type_hints(function)
-        result = hints.pop("return")
+        hints.pop("return")
         self._kinds = list(hints.values())
         fields: dict[str, Any] = {}
         for argument, kind in hints.items():
@@ -33,9 +35,11 @@ class BundledOp:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         flat.__signature__ = inspect.Signature(
             [inspect.Parameter(field, kind, annotation=hint) for field, hint in fields.items()],
-            return_annotation=result,
+            return_annotation=inspect.signature(function).return_annotation,
         )
-        self._op = torch.library.custom_op(name, flat, mutates_args=tuple(mutates_args))
+        self._op = torch.library.custom_op(
+            add_op_namespace_prefix(name), flat, mutates_args=tuple(mutates_args)
+        )
         self.register_autograd = self._op.register_autograd
 
     def bundle(self, values: Sequence[Any]) -> list[Any]:

@@ -21,8 +21,8 @@ FILES = {  # by the name of the module
 }
 # A floor imports from those before it alone, and from a room only what its door names.
 FLOORS = (
-    ("_check", "_bundle", "results"),
-    ("_dispatch", "reference"),
+    ("_check", "_ops", "results"),
+    ("_bundle", "_dispatch", "reference"),
     ("rows", "selection", "objective"),
     ("policy_loss", "function_loss"),
     ("linear",),

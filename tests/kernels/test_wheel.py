@@ -160,7 +160,6 @@ def test_example_runs_with_the_hub_s_kernel(hub: Path, tmp_path: Path):
     assert run_example(FROM_THE_HUB, variant).count("prefix tokens kept") == 3
 
 
-@pytest.mark.xfail(strict=True, reason="adapters and reference import by name; ops have no _ops.py")
 def test_package_knows_no_name_of_its_own():
     """Several versions are loaded at once: no import by name, no fixed namespace of ops."""
     offences = []

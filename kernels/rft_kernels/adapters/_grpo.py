@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """Losses of the GRPO family as Liger 0.8.5 defines them, from log-probabilities: O(B L) of torch.
 
 B sequences, L completion tokens.
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rft_kernels.objective import Terms, clipped_policy, kl_term
+from ..objective import Terms, clipped_policy, kl_term
 
 _CLIPPED = ("grpo", "dapo", "bnpo", "dr_grpo", "luspo")
 _LOSS_TYPES = (*_CLIPPED, "cispo", "sapo", "vespo")

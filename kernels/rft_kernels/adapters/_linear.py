@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """`linear_token_stats` as the trainers call their heads: under autocast, with mixed dtypes."""
 
 import torch
@@ -5,9 +6,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from rft_kernels import adapters
-from rft_kernels.linear import linear_token_stats
-from rft_kernels.results import TokenStats
+from .. import adapters
+from ..linear import linear_token_stats
+from ..results import TokenStats
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:

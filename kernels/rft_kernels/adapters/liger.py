@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """Liger's GRPO losses, with the signatures of Liger 0.8.5: from logits and from hidden states.
 
 B sequences, L completion tokens, V classes, D hidden size. Liger's losses are functions of the
@@ -9,9 +10,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from rft_kernels._check import NO_TARGET
-from rft_kernels.rows import token_stats
-
+from .._check import NO_TARGET
+from ..rows import token_stats
 from ._grpo import Options, metrics, reduced, token_losses
 from ._linear import head_stats
 from ._patch import Patch, install

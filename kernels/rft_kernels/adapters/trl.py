@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """TRL's log-prob and entropy functions, with the signatures of TRL 1.16, from logits and hidden.
 
 The trainers of 1.16 project their heads in `ChunkedLogProbFunction`; what takes logits serves
@@ -10,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft_kernels.results import stats_dtype
-from rft_kernels.rows import token_stats
-
+from ..results import stats_dtype
+from ..rows import token_stats
 from ._linear import compute_dtype, head_stats
 from ._patch import Patch, install
 

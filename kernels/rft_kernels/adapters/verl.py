@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """verl's log-prob and entropy functions, with the signatures of verl 0.9.1: from logits and hidden.
 
 Results are float32 whatever the logits (float64 for float64).
@@ -7,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rft_kernels.rows import token_stats
-
+from ..rows import token_stats
 from ._linear import head_stats
 from ._patch import Patch, install
 

@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """The arguments that the ops from hidden states share: checked and flattened."""
 
 from typing import Any
@@ -6,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rft_kernels import _check, _dispatch
-from rft_kernels.rows import check_rows
-
+from .. import _check, _dispatch
+from ..rows import check_rows
 from .tiles import Projection
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """Hidden states to statistics or loss: the logits exist a tile of rows at a time (E9, E10).
 
 T rows, V classes, D hidden size, a the share of rows with a gradient. GEMM work, in units of 2 T V
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rft_kernels import _check
-from rft_kernels.objective import (
+from .. import _check
+from ..objective import (
     DEFAULT_CONFIG,
     FunctionLoss,
     LossFn,
@@ -23,10 +24,9 @@ from rft_kernels.objective import (
     attach_gradient,
     check_function,
 )
-from rft_kernels.policy_loss import finish_loss, plan_loss
-from rft_kernels.results import PolicyLoss, TokenStats
-from rft_kernels.selection import FIFTH
-
+from ..policy_loss import finish_loss, plan_loss
+from ..results import PolicyLoss, TokenStats
+from ..selection import FIFTH
 from . import ops
 from .inputs import check_dweight, check_inputs
 from .tiles import DIFFERENTIABLE, Projection, Rows, counts_rows, make_head

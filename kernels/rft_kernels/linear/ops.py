@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """The passes over hidden states as ops of torch, with their backward (E9, E10)."""
 
 from collections.abc import Sequence
@@ -5,11 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rft_kernels._bundle import bundled_op
-from rft_kernels.objective import FunctionLoss, Terms, Tokens, evaluate
-from rft_kernels.results import stats_dtype
-from rft_kernels.rows import new_stats
-
+from .._bundle import bundled_op
+from ..objective import FunctionLoss, Terms, Tokens, evaluate
+from ..results import stats_dtype
+from ..rows import new_stats
 from .grads import wanted_results
 from .passes import Saved, Slopes, grad_pass, loss_pass, stats_pass
 from .tiles import DIFFERENTIABLE, Head, Projection, Rows, make_head
@@ -17,7 +17,7 @@ from .tiles import DIFFERENTIABLE, Head, Projection, Rows, make_head
 _TENSORS = (*DIFFERENTIABLE, "targets", "row_temperature")
 
 
-@bundled_op("rft_kernels::linear_token_stats")
+@bundled_op("linear_token_stats")
 def token_stats(
     projection: Projection,
     rows: Rows,
@@ -31,7 +31,7 @@ def _(projection, rows, dweight):
     return new_stats(projection.hidden, len(projection.hidden), projection.backend)
 
 
-@bundled_op("rft_kernels::linear_token_stats_bwd", mutates_args=("dweight",))
+@bundled_op("linear_token_stats_bwd", mutates_args=("dweight",))
 def token_stats_bwd(
     projection: Projection,
     listed: Tensor | None,  # [N]
@@ -86,7 +86,7 @@ def backward(ctx, dlog_probs, dentropy, _, gradient=token_stats_bwd):
 token_stats.register_autograd(backward, setup_context=setup_context)
 
 
-@bundled_op("rft_kernels::linear_policy")
+@bundled_op("linear_policy")
 def policy(
     projection: Projection, rows: Rows, tokens: Tokens, terms: Terms, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """What is done with the tiles of a head: statistics, gradients, or both from one projection."""
 
 from collections.abc import Callable, Sequence
@@ -6,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rft_kernels.rows import at
-
+from ..rows import at
 from .grads import Grads
 from .tiles import Head, Rows, counts_rows, split_rows
 

@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """A projection to logits, a tile of rows at a time (E9).
 
 T rows, V classes, D hidden size, R that of a low-rank term. One buffer of `[tile_rows, V]` serves
@@ -11,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rft_kernels.results import stats_dtype
-from rft_kernels.rows import at, default_scratch, new_stats, row_backend, row_bytes
-
+from ..results import stats_dtype
+from ..rows import at, default_scratch, new_stats, row_backend, row_bytes
 from . import gemm
 
 # Enough rows that reading and writing dW once a tile is small beside the tile's GEMMs.

@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """A head whose classes are sharded over ranks; hidden states and tokens are on all of them (E11).
 
 T rows. Across ranks go four numbers a row with statistics, one gathering of the shards' sizes where
@@ -13,9 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from rft_kernels._bundle import flatten
-from rft_kernels.rows import at, row_backend
-
+from .._bundle import flatten
+from ..rows import at, row_backend
 from . import ops
 from .passes import grad_pass, stats_pass
 from .tiles import Head, Projection, make_head

@@ -1,11 +1,11 @@
+# ruff: noqa: TID252
 """The loss of a token and its derivatives, by the backend that serves the call (E4 to E8)."""
 
 import torch
 from torch import Tensor
 
-from rft_kernels import _dispatch
-from rft_kernels._bundle import bundled_op
-
+from .. import _dispatch
+from .._bundle import bundled_op
 from . import torch_backend
 from .policy_config import SUMS, Terms
 from .tokens import Evaluation, Tokens
@@ -25,7 +25,7 @@ def evaluate(
     return serve(log_probs, entropy, tokens, terms, cu_seqlens)
 
 
-@bundled_op("rft_kernels::policy_objective")
+@bundled_op("policy_objective")
 def _objective(
     log_probs: Tensor,  # [T]
     entropy: Tensor | None,  # [T]

@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """A loss of the caller's: any function of a row's log-probability and entropy, by autograd.
 
 T tokens, n rows of a tile. The function sees [n] vectors, and so does autograd.
@@ -8,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rft_kernels import _check
+from .. import _check
 
 LossFn = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
 _OWN_METRICS = ("num_tokens", "entropy_sum")

@@ -1,9 +1,9 @@
+# ruff: noqa: TID252
 """From log-probabilities to the policy loss and its metrics. O(T)."""
 
 from torch import Tensor
 
-from rft_kernels import _check
-
+from .. import _check
 from .evaluation import evaluate
 from .known_gradient import attach_gradient
 from .policy_config import DEFAULT_CONFIG, PolicyConfig

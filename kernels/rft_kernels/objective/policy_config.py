@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """What the loss of a token is: the choices of E4 to E7."""
 
 from collections.abc import Sequence
@@ -5,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, NamedTuple
 
-from rft_kernels import _check
+from .. import _check
 
 SUMS = (
     "loss",

@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """What a token brings to its loss beside log_prob and entropy: checked, flattened, cut by rows."""
 
 from typing import NamedTuple
@@ -5,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rft_kernels import _check
-
+from .. import _check
 from .policy_config import PolicyConfig
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """Specification of the ops from hidden states: all logits first, then the ops from logits (E9)."""
 
 from typing import Any
@@ -5,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft_kernels.results import PolicyLoss, TokenStats
-
+from ..results import PolicyLoss, TokenStats
 from .policy_loss import prefix_rft_loss
 from .token_stats import token_stats
 

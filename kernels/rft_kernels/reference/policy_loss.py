@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """Specification of `prefix_rft_loss`: the composition of the other specifications."""
 
 from fractions import Fraction
@@ -5,8 +6,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from rft_kernels.results import PolicyLoss
-
+from ..results import PolicyLoss
 from .objective import DEFAULT_CONFIG, Config, policy_objective
 from .selection import select_top_entropy
 from .token_stats import token_stats

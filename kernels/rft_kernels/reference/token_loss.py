@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """Specification of `token_loss` and `linear_token_loss`: the function of all rows, and autograd."""
 
 from collections.abc import Callable
@@ -6,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft_kernels.results import PolicyLoss
-
+from ..results import PolicyLoss
 from .linear import logits_of
 from .token_stats import token_stats
 

@@ -1,9 +1,10 @@
+# ruff: noqa: TID252
 """Specification of `token_stats` (E1)."""
 
 import torch
 from torch import Tensor
 
-from rft_kernels.results import TokenStats
+from ..results import TokenStats
 
 
 def token_stats(

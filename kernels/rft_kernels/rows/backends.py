@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """The two vocabulary-sized primitives, by name of the backend.
 
 A backend is a module with two functions and a constant, and that is all it is asked for:
@@ -13,8 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rft_kernels.results import stats_dtype
-
+from ..results import stats_dtype
 from . import torch_backend
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """Log-probability of the target and entropy of every row of logits, and their gradient (E1, E2).
 
 T rows, V classes. Reads T V elements forward; backward reads and writes the rows whose incoming
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft_kernels import _check, _dispatch
-from rft_kernels.results import TokenStats
-
+from .. import _check, _dispatch
+from .._bundle import bundled_op
+from ..results import TokenStats
 from .backends import new_stats, row_backend
 from .torch_backend import default_scratch
 
@@ -33,7 +34,7 @@ def row_slices(temperature: float | Tensor, *rest: Tensor | None, sizes: list[in
     return zip(*cut, strict=True)
 
 
-@torch.library.custom_op("rft_kernels::token_stats", mutates_args=())
+@bundled_op("token_stats")
 def _token_stats_fwd(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [T]
@@ -76,7 +77,7 @@ def _write_grad(
         into[:, vocab_size:] = 0
 
 
-@torch.library.custom_op("rft_kernels::token_stats_bwd", mutates_args=())
+@bundled_op("token_stats_bwd")
 def _token_stats_bwd(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [T]
@@ -100,7 +101,7 @@ def _(logits, *_):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-@torch.library.custom_op("rft_kernels::token_stats_bwd_", mutates_args={"logits"})
+@bundled_op("token_stats_bwd_", mutates_args={"logits"})
 def _token_stats_bwd_(
     logits: Tensor,  # [..., V], overwritten by its gradient
     targets: Tensor,

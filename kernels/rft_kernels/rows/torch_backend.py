@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """Chunked torch: the two vocabulary-sized primitives, a few rows at a time (E1, E2).
 
 T rows, V classes. A block of rows is widened to the dtype of the statistics, so at most
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rft_kernels.results import stats_dtype
+from ..results import stats_dtype
 
 # On a CPU what a last-level cache holds; on a device enough that launches do not count.
 _SCRATCH_BYTES = {"cpu": 2**24, "cuda": 2**28}

@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """Triton: the two vocabulary-sized primitives, one program a row (E1, E2).
 
 T rows, V classes. `row_stats` reads each valid row once: T V elements. `row_grad` reads the rows
@@ -10,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rft_kernels.results import stats_dtype
-
+from ..results import stats_dtype
 from .launch import row_launch
 from .online import LOG2_E, divide, exponent, join_lanes, soft_cap, start_lanes, take_tile
 

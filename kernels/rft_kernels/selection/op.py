@@ -1,3 +1,4 @@
+# ruff: noqa: TID252
 """Which prefix tokens are learnt from: the top fraction of the candidates by entropy (E3).
 
 T tokens, B sequences. In torch three stable sorts, O(T log T); on a CUDA device, and over ranks
@@ -10,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rft_kernels import _check, _dispatch
-
+from .. import _check, _dispatch
+from .._bundle import bundled_op
 from .ranks import Ranks
 from .torch_backend import select, select_over_ranks
 
@@ -96,7 +97,7 @@ def check_fraction(fraction: Fraction | float | str, num_tokens: int) -> Fractio
     return exact
 
 
-@torch.library.custom_op("rft_kernels::select_top_entropy", mutates_args=())
+@bundled_op("select_top_entropy")
 def _select_on_device(
     entropy: Tensor,  # [T]
     candidates: Tensor,  # [T]
