@@ -85,7 +85,7 @@ class Serve:
     config: Annotated[Positional[str], arg(metavar="CONFIG")]
     """The trainer's configuration; comes before all options."""
     host: str = "127.0.0.1"
-    """Address to listen on. Anyone who can reach it can replace the weights: keep it private."""
+    """Address to listen on. Requests carry the server's token, but in clear: keep it private."""
     port: int = 8000
     """Port to listen on."""
     overrides: Overrides

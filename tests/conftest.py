@@ -26,7 +26,14 @@ from transformers import (
 )
 
 from prefix_rft.config import save_config
-from tests.rollout.vllm_cases import PYTHON, ROOT, environment, learning_run, skip_without_vllm
+from tests.rollout.vllm_cases import (
+    PYTHON,
+    ROOT,
+    TOKEN_FILE,
+    environment,
+    learning_run,
+    skip_without_vllm,
+)
 
 torch.set_num_threads(1)
 
@@ -128,7 +135,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server_url(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of `prefix-rft serve` for `learning_run`."""
+    """The address of `prefix-rft serve` for `learning_run`; its log is in `base_dir`."""
     skip_without_vllm()
     folder = tmp_path_factory.mktemp("server")
     save_config(learning_run(folder, base_dir, engine="vllm"), folder / "config.toml")
@@ -136,14 +143,14 @@ def server_url(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [PYTHON, "-m", "prefix_rft", "serve", folder / "config.toml", "--port", str(port)]
-    url, log = f"http://127.0.0.1:{port}", folder / "log"
+    url, log = f"http://127.0.0.1:{port}", base_dir / "server.log"
     with log.open("w") as output:
         server = subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT
         )
     try:
         deadline = time.monotonic() + 300
-        while not _answers(f"{url}/health"):
+        while not _answers(f"{url}/health", base_dir / TOKEN_FILE):
             is_starting = server.poll() is None and time.monotonic() < deadline
             assert is_starting, log.read_text()[-8000:]
             time.sleep(0.5)
@@ -153,9 +160,10 @@ def server_url(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         server.wait(60)
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, token_file: Path) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5):
+        headers = {"Authorization": f"Bearer {token_file.read_text()}"}
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5):
             return True
-    except (URLError, TimeoutError):
+    except (FileNotFoundError, URLError, TimeoutError):
         return False

@@ -180,6 +180,9 @@ class VLLMConfig:
     server_url: Annotated[str, Field(pattern="^https?://", description="http://host:port")] = (
         "http://127.0.0.1:8000"
     )
+    # file with the server's token, written by prefix-rft serve; None: server.token in the run
+    # folder. The environment variable PREFIX_RFT_SERVER_TOKEN goes before it
+    token_file: str | None = None
 
 
 @config_section("method")

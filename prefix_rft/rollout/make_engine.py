@@ -1,10 +1,13 @@
 """The engine that a configuration selects."""
 
+from functools import partial
+
 from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.config import Config
 from prefix_rft.model import Policy, eos_token_ids, resolve_autocast_dtype
 from prefix_rft.rollout.engine import RolloutEngine
+from prefix_rft.rollout.server_token import read_token
 from prefix_rft.rollout.vllm_options import import_vllm
 
 
@@ -27,8 +30,9 @@ def make_engine(
         if config.rollout.engine == "vllm":
             from prefix_rft.rollout.vllm_engine import VLLMEngine as Engine
         else:
-            from prefix_rft.rollout.vllm_server import VLLMServerEngine as Engine
+            from prefix_rft.rollout.vllm_server import VLLMServerEngine
 
+            Engine = partial(VLLMServerEngine, token=read_token(config))
         return Engine(
             model,
             config=config.vllm,

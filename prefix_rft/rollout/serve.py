@@ -15,6 +15,7 @@ from prefix_rft.model import (
     resolve_weight_dtypes,
 )
 from prefix_rft.rollout.make_engine import max_sequence_length
+from prefix_rft.rollout.server_token import TOKEN_VARIABLE, RequireToken, make_token, token_file
 from prefix_rft.rollout.vllm_options import (
     engine_options,
     import_vllm,
@@ -31,8 +32,11 @@ _SERVER = "vllm.entrypoints.openai.api_server"
 def serve_vllm(config: Config, *, host: str, port: int) -> None:
     """Replace this process with the server, which has no weights until a trainer sends them.
 
+    It answers only requests that carry its token.
+
     Raises:
-        ConfigError: vLLM is not installed or cannot run the model, or the port is taken.
+        ConfigError: vLLM is not installed or cannot run the model, the port is taken, or the token
+            cannot be used or written.
     """
     import_vllm()
     _check_port(host, port)
@@ -58,17 +62,25 @@ def serve_vllm(config: Config, *, host: str, port: int) -> None:
         "port": port,
         "enable_scale_out": True,  # adds the route that takes and returns token ids
         "disable_uvicorn_access_log": True,
+        "middleware": _import_path(RequireToken),
     }
     backend = "nccl"
     if device.type != "cuda":
         from prefix_rft.rollout.vllm_gloo import BACKEND as backend
         from prefix_rft.rollout.vllm_gloo import WorkerExtension
 
-        options["worker_extension_cls"] = f"{WorkerExtension.__module__}.{WorkerExtension.__name__}"
+        options["worker_extension_cls"] = _import_path(WorkerExtension)
     options["weight_transfer_config"] = f'{{"backend": "{backend}"}}'
     # The `vllm` command needs a distribution of that name, which a custom build may not have.
     command = [sys.executable, "-m", _SERVER, "--model", str(folder)]
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the routes that take weights
+    token = make_token(config)
+    where = TOKEN_VARIABLE if TOKEN_VARIABLE in os.environ else token_file(config)
+    print(f"the server's token: {where}", flush=True)
+    environment = os.environ | {
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes that take weights
+        "VLLM_API_KEY": "",  # vLLM's own guards few routes, and would refuse our token there
+        TOKEN_VARIABLE: token,
+    }
     os.execve(sys.executable, [*command, *_flags(options)], environment)
 
 
@@ -80,6 +92,10 @@ def _check_port(host: str, port: int) -> None:
         raise ConfigError(
             f"port: expected a free port on {host}, got {port} ({error.strerror})"
         ) from error
+
+
+def _import_path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__name__}"
 
 
 def _flags(options: dict[str, object]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 
 import torch
 import torch.distributed as dist
+from vllm.distributed.utils import StatelessProcessGroup
 from vllm.distributed.weight_transfer import (
     VLLMWeightSyncClient,
     WeightSource,
@@ -97,14 +98,15 @@ def _group(
     info: GlooTrainerInitInfo | NCCLWeightTransferInitInfo, rank: int
 ) -> dist.ProcessGroupGloo:
     """The process group of the sender, rank 0, and all workers."""
-    store = dist.TCPStore(
+    # As for NCCL: this store listens on the sender's address alone, one of torch's own on all.
+    rendezvous = StatelessProcessGroup.create(
         info.master_address,
         info.master_port,
+        rank,
         info.world_size,
-        is_master=rank == 0,
-        timeout=_TIMEOUT,
+        store_timeout=int(_TIMEOUT.total_seconds()),
     )
-    return dist.ProcessGroupGloo(store, rank, info.world_size, _TIMEOUT)
+    return dist.ProcessGroupGloo(rendezvous.store, rank, info.world_size, _TIMEOUT)
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, GlooWeightTransferEngine)

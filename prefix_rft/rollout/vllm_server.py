@@ -3,27 +3,28 @@
 import asyncio
 import socket
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 import torch
 import torch.distributed as dist
-from requests import RequestException
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import VLLMConfig
 from prefix_rft.data_types import Completion, RolloutRequest
 from prefix_rft.model import attempt, full_weights, weight_shapes
 from prefix_rft.rollout.engine import EngineError, OnDone
+from prefix_rft.rollout.server_token import TOKEN_SOURCES
 from prefix_rft.rollout.vllm_base import VLLMBase
 from prefix_rft.rollout.vllm_options import import_vllm, request_seed, sampling_options
 
 T = TypeVar("T")
-_CONNECT_S, _COMPLETION_S = 30, 3600  # timeouts of a connection and of one completion
+# timeouts in seconds: of a connection, one completion, any other request
+_CONNECT_S, _COMPLETION_S, _CONTROL_S = 30, 3600, 300
 
 
 class VLLMServerEngine(VLLMBase):
@@ -31,15 +32,20 @@ class VLLMServerEngine(VLLMBase):
 
     Every process of the trainer sends its own requests. Rank 0 sends the weights to all workers of
     the server through vLLM's weight transfer: NCCL on CUDA, gloo on a CPU. Each push has a label,
-    and every completion carries the label of the weights it was sampled with. Arguments as in
-    `VLLMBase`.
+    and every completion carries the label of the weights it was sampled with.
 
+    Args:
+        token: the server's; the others as in `VLLMBase`.
     Raises:
         ConfigError: also if the server was started with another configuration.
-        EngineError: no server answers there.
+        EngineError: no server answers there, or it has another token.
     """
 
     is_collective = False
+
+    def __init__(self, model: PreTrainedModel, *, token: str, **options: Any) -> None:
+        self._headers = {"Authorization": f"Bearer {token}"}
+        super().__init__(model, **options)
 
     def _start(
         self, config: VLLMConfig, device: torch.device, model_config: PreTrainedConfig
@@ -60,10 +66,7 @@ class VLLMServerEngine(VLLMBase):
 
     def _open_transfer(self, device: torch.device) -> Any:
         """vLLM's sender of weights, joined by the server's workers. Collective."""
-        from vllm.distributed.weight_transfer import (
-            HTTPVLLMWeightSyncClient,
-            WeightTransferTrainerFactory,
-        )
+        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
         if device.type == "cuda":
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo as InitInfo
@@ -84,7 +87,7 @@ class VLLMServerEngine(VLLMBase):
             rank=self._rank,
         )
         return WeightTransferTrainerFactory.trainer_init(
-            info, client=HTTPVLLMWeightSyncClient(self._url), source=self._weights
+            info, client=_WeightRoutes(self._request), source=self._weights
         )
 
     @torch.no_grad()
@@ -106,9 +109,9 @@ class VLLMServerEngine(VLLMBase):
     def _send(self, label: str) -> None:
         try:
             self._transfer.send_weights()
-        except (RequestException, RuntimeError) as error:  # RuntimeError: NCCL, gloo
+        except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: NCCL, gloo
             raise EngineError(
-                f"vLLM at {self._url} did not accept the weights: {_first_line(error)}"
+                f"vLLM at {self._url} did not accept the weights: {_reason(error)}"
             ) from error
         if self._rank == 0:
             if not self._ask("reset_prefix_cache", {})["success"]:
@@ -164,7 +167,9 @@ class VLLMServerEngine(VLLMBase):
         # pool=None: a request may wait for a connection as long as the ones before it take.
         timeout = httpx.Timeout(_COMPLETION_S, connect=_CONNECT_S, pool=None)
         limits = httpx.Limits(max_connections=self._max_batch_sequences)
-        async with httpx.AsyncClient(base_url=self._url, timeout=timeout, limits=limits) as client:
+        async with httpx.AsyncClient(
+            base_url=self._url, headers=self._headers, timeout=timeout, limits=limits
+        ) as client:
 
             async def post(index: int, body: dict[str, Any]) -> Completion:
                 try:
@@ -172,7 +177,7 @@ class VLLMServerEngine(VLLMBase):
                     answer.raise_for_status()
                 except httpx.HTTPError as error:
                     raise EngineError(
-                        f"vLLM at {self._url} did not generate: {_first_line(error)}"
+                        f"vLLM at {self._url} did not generate: {_reason(error)}"
                     ) from error
                 completion = self._completion(answer.json()["choices"][0])
                 if on_done is not None:
@@ -203,19 +208,41 @@ class VLLMServerEngine(VLLMBase):
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The server's answer to a GET or, with a body, to a POST."""
         try:
-            answer = httpx.request(
-                "GET" if body is None else "POST",
-                f"{self._url}/{path}",
-                json=body,
-                timeout=httpx.Timeout(_COMPLETION_S, connect=_CONNECT_S),
-            )
-            answer.raise_for_status()
-            return answer.json()
+            return self._request(path, body).json()
         except (httpx.HTTPError, ValueError) as error:
             raise EngineError(
                 f"vllm.server_url: expected a server started by prefix-rft serve at {self._url}, "
-                f"got from {path}: {_first_line(error)}"
+                f"got from {path}: {_reason(error)}"
             ) from error
+
+    def _request(self, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        answer = httpx.request(
+            "GET" if body is None else "POST",
+            f"{self._url}/{path}",
+            json=body,
+            headers=self._headers,
+            timeout=httpx.Timeout(_CONTROL_S, connect=_CONNECT_S),
+        )
+        return answer.raise_for_status()
+
+
+class _WeightRoutes:
+    """A `VLLMWeightSyncClient` of vLLM; its own sends no token."""
+
+    def __init__(self, post: Callable[[str, dict[str, Any]], httpx.Response]) -> None:
+        self._post = post
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._post("init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._post("start_weight_update", {})
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._post("update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._post("finish_weight_update", {"weight_version": weight_version})
 
 
 class _Shape(NamedTuple):
@@ -255,7 +282,9 @@ class _Weights:
         return ((name, weight.to(self._device)) for name, weight in self._weights)
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 401:
+        return f"401, expected its token in {TOKEN_SOURCES}"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -1,20 +1,28 @@
 """A vLLM server on a CPU that gets its weights from trainers in other processes."""
 
+from pathlib import Path
+
 import pytest
 
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import save_config
 from prefix_rft.config.sections import VLLMConfig
 from tests.rollout.rollout_cases import make_requests
-from tests.rollout.vllm_cases import TOLERANCE, check_learnt, learning_run
+from tests.rollout.vllm_cases import TOKEN_FILE, TOLERANCE, check_learnt, learning_run
 
 
 @pytest.fixture(scope="module")
-def found(measure, server_url, base_dir, tmp_path_factory) -> dict:
+def trainer(server_url, base_dir, tmp_path_factory) -> Path:
+    """The configuration of a trainer."""
     folder = tmp_path_factory.mktemp("trainer")
     config = learning_run(folder / "run", base_dir, engine="vllm_server", server_url=server_url)
     save_config(config, folder / "config.toml")
-    return measure("server", folder / "config.toml")
+    return folder / "config.toml"
+
+
+@pytest.fixture(scope="module")
+def found(measure, trainer) -> dict:
+    return measure("server", trainer)
 
 
 def test_log_probs_are_those_of_the_weights_sent_last(found):
@@ -54,6 +62,38 @@ def test_a_server_that_does_not_fit_or_answer_is_one_clear_error(found):
     assert "vLLM at http://127.0.0.1:9 did not accept the weights" in found["gone_at_push"]
     with pytest.raises(ConfigError, match="vllm.server_url: expected http://host:port"):
         VLLMConfig(server_url="localhost:8000")
+
+
+@pytest.mark.slow
+def test_no_route_answers_without_the_token(measure, trainer):
+    found = measure("routes", trainer, VLLM_SERVER_DEV_MODE="1")
+    for known in ("/metrics", "/health", "/docs", "/update_weights", "/collective_rpc", "/pause"):
+        assert known in found["paths"]
+    assert len(found["paths"]) > 50 and found["sockets"]
+    answered = [each for each in found["statuses"] if each[2:] not in ([401, ""], [403, ""])]
+    assert answered == []
+    assert set(found["known"]) == {200}
+
+
+def test_trainer_and_server_name_another_token_in_one_line(found, base_dir):
+    for error in (found["other_token"], found["no_token"], found["no_token_at_push"]):
+        assert "401, expected its token in vllm.token_file or PREFIX_RFT_SERVER_TOKEN" in error
+        assert len(error.splitlines()) == 1
+    log = (base_dir / "server.log").read_text()
+    assert f"the server's token: {base_dir / TOKEN_FILE}" in log
+    assert "refused GET '/v1/models' from 127.0.0.1: not the token of vllm.token_file" in log
+    assert "refused POST '/inference/v1/generate' from 127.0.0.1: no token" in log
+    assert "refused POST '/start_weight_update' from 127.0.0.1: no token" in log
+
+
+def test_the_token_is_in_no_log(found, base_dir):
+    token = (base_dir / TOKEN_FILE).read_text()
+    assert len(token) >= 43 and token not in (base_dir / "server.log").read_text()
+    assert token not in str(found)
+
+
+def test_the_rendezvous_of_trainer_and_server_is_on_the_address_between_them(found):
+    assert set(found["listens"]) == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 VENV = ROOT / ".venv-vllm"
 PYTHON = Path(os.environ.get("PREFIX_RFT_VLLM_PYTHON", VENV / "bin/python"))
 TOLERANCE = 1e-4  # nats, for a log-prob
+TOKEN_FILE = "server.token"  # beside the base that server and trainers share
 
 
 def skip_without_vllm() -> None:
@@ -46,7 +47,12 @@ def learning_run(folder: Path, base_dir: Path, *, engine: str, **vllm: object) -
             "base": {"cache_dir": str(base_dir), "num_batches": 40, "batch_size": 16},
             "model": {"device": "cpu"},
             "rollout": {"engine": engine, "max_response_length": 40},
-            "vllm": {"enforce_eager": True, "kv_cache_mib": 128} | vllm,
+            "vllm": {
+                "enforce_eager": True,
+                "kv_cache_mib": 128,
+                "token_file": str(base_dir / TOKEN_FILE),
+            }
+            | vllm,
             "reward": {"function": "tests.rollout.vllm_worker:many_digits"},
             "optimizer": {"lr": 5e-4},
             "trainer": {"num_steps": 8, "prompts_per_step": 8, "prompts_per_update": 8},

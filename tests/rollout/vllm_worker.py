@@ -10,9 +10,11 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
+import psutil
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -26,6 +28,7 @@ from prefix_rft.model.distributed import World
 from prefix_rft.model.loading import load_policy, load_tokenizer
 from prefix_rft.model.policy import Policy
 from prefix_rft.rollout.make_engine import make_engine as make_rollout_engine
+from prefix_rft.rollout.server_token import TOKEN_VARIABLE, read_token
 from prefix_rft.rollout.transformers_engine import TransformersEngine
 from prefix_rft.rollout.vllm_engine import VLLMEngine
 from prefix_rft.train.run import train
@@ -35,6 +38,8 @@ CPU = torch.device("cpu")
 NUM_COLUMNS = 112
 LENGTH = 320  # tokens of a sequence
 SHARED_PROMPT = tuple(3 + i % 90 for i in range(280))  # just over two blocks of the prefix cache
+OTHER_TOKEN = "x" * 43
+KNOWN = ("/health", "/metrics", "/docs", "/openapi.json", "/v1/models", "/get_world_size")
 EOS = tuple(range(0, VOCAB, 12))  # one token in twelve, so that completions end at different times
 
 
@@ -208,6 +213,8 @@ def server(found: dict, file: Path) -> None:
     policy = load_policy(config, base, vocab_size=len(tokenizer), world=World())
     ours, requests = make_rollout_engine(config, policy, tokenizer), make_requests(32)
     found["before_push"] = refused(generate, ours, requests)
+    sockets = psutil.Process().net_connections("tcp")
+    found["listens"] = [each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN]
     found["in_advance"] = gathered_in_advance(ours._weights, policy)
 
     ours.update_weights(policy.model, 0)
@@ -248,10 +255,51 @@ def server(found: dict, file: Path) -> None:
     )
     shorter = replace(config, rollout=replace(config.rollout, max_response_length=39))
     found["other_limit"] = refused(make_rollout_engine, shorter, policy, tokenizer)
+    with patch.dict(os.environ, {TOKEN_VARIABLE: OTHER_TOKEN}):
+        found["other_token"] = refused(make_rollout_engine, config, policy, tokenizer)
+    headers, theirs._headers = theirs._headers, {}
+    found["no_token"] = refused(generate, theirs, requests, weights_version=1)
+    found["no_token_at_push"] = refused(theirs.update_weights, policy.model, 2)
+    theirs._headers, theirs.weights_version = headers, 1
     theirs.close()
-    theirs._url = theirs._transfer.client.base_url = "http://127.0.0.1:9"  # nothing listens there
+    theirs._url = "http://127.0.0.1:9"  # nothing listens there
     found["gone"] = refused(generate, theirs, requests, weights_version=1)
     found["gone_at_push"] = refused(theirs.update_weights, policy.model, 2)
+
+
+def routes(found: dict, file: Path) -> None:
+    """What the server answers on each route that vLLM has, to requests without its token."""
+    import httpx
+    from starlette.routing import WebSocketRoute
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect
+
+    config = load_config(file)
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-scale-out"])
+    app = build_app(arguments, ("generate", "realtime"), None)
+    found["paths"] = paths = sorted({route.path for route in app.routes} | {"/no/such/route"})
+    sockets = [route.path for route in app.routes if isinstance(route, WebSocketRoute)]
+    found["sockets"], found["statuses"] = sockets, []
+    methods = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
+    token, address = read_token(config), config.vllm.server_url.replace("http", "ws")
+    strangers = (None, f"Bearer {OTHER_TOKEN}", f"Bearer {token[:-1]}", f"Basic {token}", token)
+    with httpx.Client(base_url=config.vllm.server_url, timeout=60) as client:
+        for given in strangers:
+            headers = {} if given is None else {"Authorization": given}
+            for path, method in product(paths, methods):
+                answer = client.request(method, path, headers=headers)
+                found["statuses"].append((method, path, answer.status_code, answer.text))
+            for path in sockets:
+                try:
+                    connect(f"{address}{path}", additional_headers=headers)
+                    found["statuses"].append(("websocket", path, 101, ""))
+                except InvalidStatus as error:
+                    found["statuses"].append(("websocket", path, error.response.status_code, ""))
+        known = {"Authorization": f"bearer {token}"}
+        found["known"] = [client.get(path, headers=known).status_code for path in KNOWN]
 
 
 def gathered_in_advance(source, policy: Policy) -> int:
@@ -290,7 +338,7 @@ def many_digits(completions: list[str], **columns: object) -> list[float]:
 if __name__ == "__main__":
     scenario, out, *rest = sys.argv[1:]
     found: dict = {}
-    scenarios = {"engine": engine, "ranks": ranks, "server": server, "run": run}
+    scenarios = {"engine": engine, "ranks": ranks, "server": server, "routes": routes, "run": run}
     scenarios[scenario](found, *map(Path, rest))
     if int(os.environ.get("RANK", 0)) == 0:
         Path(out).write_text(json.dumps(found))
