@@ -81,7 +81,7 @@ def resolve_base(config: Config) -> Path | str:
 def _row_texts(config: Config) -> list[str]:
     rows = load_rows(config.data.path, config.data.split)
     layout = find_map(
-        rows.column_names,
+        rows,
         config.data.columns,
         key="data.columns",
         source=f"data.path: {config.data.path}",

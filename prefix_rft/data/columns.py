@@ -4,13 +4,18 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, NamedTuple
 
+import datasets
+
 from prefix_rft.checks import UserError
+from prefix_rft.data.load_report import Kind
 
 Row = Mapping[str, Any]
 Message = dict[str, str]  # role, content
 
+_MARKER = "####"  # GSM8K writes the answer behind it, at the end of the worked solution
 _calculator_note = re.compile(r"<<[^<>]*>>")
 
 
@@ -33,13 +38,19 @@ class ColumnMap:
     name: str
     needs: tuple[str, ...]
     read: Callable[[Row], Fields]
+    has_marker: bool = False  # fits only if most rows have the marker in the column `answer`
+
+    @property
+    def without_answer(self) -> Kind:
+        """What the report calls a row without an answer."""
+        return "no_marker" if self.has_marker else "no_answer"
 
 
 def answer_text(value: Any) -> str | None:
     """A text or number as text; None if `value` is neither, is empty or is not finite."""
     if isinstance(value, bool):
         return None
-    if isinstance(value, int | float):
+    if isinstance(value, int | float | Decimal):
         return str(value) if math.isfinite(value) else None
     return (value.strip() or None) if isinstance(value, str) else None
 
@@ -77,21 +88,16 @@ def _read_openr1(row: Row) -> Fields:
     return Fields(row.get("problem"), answer_text(row.get("answer")), None)
 
 
-def _read_gsm8k(row: Row) -> Fields:
-    worked = row.get("answer")
-    if not isinstance(worked, str):
-        return Fields(row.get("question"), None, None)
-    _, marker, answer = worked.rpartition("####")
-    has_number = bool(marker) and any(character.isdigit() for character in answer)
-    return Fields(
-        row.get("question"),
-        answer_text(answer) if has_number else None,
-        _calculator_note.sub("", worked),
-    )
+def read_named(
+    prompt: str, answer: str, demonstration: str | None, *, needs_marker: bool = False
+) -> Callable[[Row], Fields]:
+    """A reader of columns by name; `a.b` is the field b of the struct column a.
 
+    An answer with the marker is a worked solution, and so a demonstration where no other is found.
 
-def read_named(prompt: str, answer: str, demonstration: str | None) -> Callable[[Row], Fields]:
-    """A reader of columns by name; `a.b` is the field b of the struct column a."""
+    Args:
+        needs_marker: an answer without it is none.
+    """
 
     def value(row: Row, path: str) -> Any:
         found: Any = row
@@ -100,13 +106,23 @@ def read_named(prompt: str, answer: str, demonstration: str | None) -> Callable[
         return found
 
     def read(row: Row) -> Fields:
+        asked, found = value(row, prompt), value(row, answer)
+        worked = demonstration_text(value(row, demonstration)) if demonstration else None
+        if not _is_marked(found):
+            return Fields(asked, None if needs_marker else answer_text(found), worked)
+        number = found.rpartition(_MARKER)[2]
+        has_number = any(character.isdigit() for character in number)
         return Fields(
-            value(row, prompt),
-            answer_text(value(row, answer)),
-            demonstration_text(value(row, demonstration)) if demonstration else None,
+            asked,
+            answer_text(number) if has_number else None,
+            worked or _calculator_note.sub("", found),
         )
 
     return read
+
+
+def _is_marked(answer: Any) -> bool:
+    return isinstance(answer, str) and _MARKER in answer
 
 
 # The first that fits is used, so the more specific ones come first.
@@ -116,6 +132,19 @@ KNOWN_MAPS = (
         name="OpenR1-Math-220k",
         needs=("problem", "answer", "generations", "correctness_math_verify"),
         read=_read_openr1,
+    ),
+    *(
+        ColumnMap(
+            name=name,
+            needs=(prompt, "answer"),
+            read=read_named(prompt, "answer", None, needs_marker=True),
+            has_marker=True,
+        )
+        for name, prompt in (
+            ("GSM8K", "question"),
+            ("problem with worked answer", "problem"),
+            ("prompt with worked answer", "prompt"),
+        )
     ),
     ColumnMap(
         name="problem with messages",
@@ -130,7 +159,11 @@ KNOWN_MAPS = (
     ColumnMap(
         name="benchmark", needs=("problem", "answer"), read=read_named("problem", "answer", None)
     ),
-    ColumnMap(name="GSM8K", needs=("question", "answer"), read=_read_gsm8k),
+    ColumnMap(
+        name="question with answer",
+        needs=("question", "answer"),
+        read=read_named("question", "answer", "solution"),
+    ),
     ColumnMap(
         name="flat",
         needs=("prompt", "answer"),
@@ -140,12 +173,16 @@ KNOWN_MAPS = (
 
 
 def find_map(
-    found: Sequence[str], columns: Mapping[str, str], *, key: str, source: str = "data.path"
+    rows: datasets.Dataset | Sequence[Row],
+    columns: Mapping[str, str],
+    *,
+    key: str,
+    source: str = "data.path",
 ) -> ColumnMap:
-    """The layout of a dataset with the columns `found`.
+    """The layout of a dataset, from its columns and from what is in its rows.
 
     Args:
-        found: the dataset's column names.
+        rows: at least one.
         columns: columns of prompt, answer and optionally demonstration; empty: detect the layout.
         key: the configuration key of `columns`, for messages.
         source: the configuration key of the dataset and its value, for messages.
@@ -153,6 +190,7 @@ def find_map(
     Raises:
         DataError: a named column is missing, or no known layout fits.
     """
+    found = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0])
     if columns:
         missing = [c for c in columns.values() if c not in found and c.split(".")[0] not in found]
         if missing:
@@ -162,10 +200,17 @@ def find_map(
         read = read_named(columns["prompt"], columns["answer"], columns.get("demonstration"))
         return ColumnMap(name=key, needs=tuple(columns.values()), read=read)
     for known in KNOWN_MAPS:
-        if set(known.needs) <= set(found):
+        if set(known.needs) <= set(found) and (not known.has_marker or _are_marked(rows)):
             return known
     layouts = "; ".join(f"{known.name}: {', '.join(known.needs)}" for known in KNOWN_MAPS)
     raise DataError(
         f"{source}: no known layout fits the columns {sorted(found)}; name them in {key}, "
         f"or use one of: {layouts}"
     )
+
+
+def _are_marked(rows: datasets.Dataset | Sequence[Row]) -> bool:
+    """Whether most of the answers have the marker."""
+    is_dataset = isinstance(rows, datasets.Dataset)
+    answers = rows["answer"] if is_dataset else [row.get("answer") for row in rows]
+    return sum(map(_is_marked, answers)) > len(rows) / 2

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 Kind = Literal[
     "no_prompt",
     "no_answer",
+    "no_marker",
     "unparseable_answer",
     "long_prompt",
     "long_demonstration",
@@ -15,6 +16,8 @@ Kind = Literal[
 _MEANING: dict[Kind, str] = {
     "no_prompt": "dropped: no prompt (a text, or messages that end with the user's)",
     "no_answer": "dropped: no usable answer",
+    "no_marker": 'dropped: no number behind "####" in the answer, as most rows have it; other '
+    "columns can be named in data.columns",
     "unparseable_answer": "dropped: the grader cannot parse the gold answer",
     "long_prompt": "dropped: prompt above data.max_prompt_tokens",
     "long_demonstration": "without demonstration: above rollout.max_response_length - 1 tokens",

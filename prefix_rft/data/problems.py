@@ -111,9 +111,8 @@ def problems_from_rows(
         raise DataError(f"{place}: no rows")
     if tokenizer.chat_template is None:
         raise DataError("the tokenizer has no chat template; set one in model.chat_template")
-    names = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0])
     key = "eval_columns" if held_out else "columns"
-    layout = find_map(names, getattr(config, key), key=f"data.{key}", source=place)
+    layout = find_map(rows, getattr(config, key), key=f"data.{key}", source=place)
 
     findings = Findings()
     drafts = _drafts(rows, layout, tokenizer, config.system_prompt, findings)
@@ -216,7 +215,7 @@ def _drafts(
         if messages is None:
             findings.add("no_prompt", index, prompt)
         elif answer is None or not clean_answer(answer):
-            findings.add("no_answer", index, row.get("answer", answer))
+            findings.add(layout.without_answer, index, row.get("answer", answer))
         else:
             drafts.append(
                 Problem(

@@ -161,6 +161,9 @@ def test_columns_by_name(tokenizer):
     (problem,), report = build(rows, tokenizer, columns=columns)
     assert (problem.answer, problem.demonstration) == ("2", "it is 2")
     assert report.layout == "data.columns"
+    worked = [rows[0] | {"meta": {"gold": "1+1=2\n#### 2"}}]
+    (problem,), _ = build(worked, tokenizer, columns=columns)
+    assert (problem.answer, problem.demonstration) == ("2", "it is 2")
     del columns["demonstration"]
     (problem,), _ = build(rows, tokenizer, columns=columns)
     assert problem.demonstration is None
@@ -168,10 +171,15 @@ def test_columns_by_name(tokenizer):
 
 def test_columns_that_are_not_there():
     with pytest.raises(DataError, match=r"data\.columns: no column \['gold'\].*\['a', 'q'\]"):
-        find_map(["q", "a"], {"prompt": "q", "answer": "gold"}, key="data.columns")
+        find_map([{"q": "", "a": ""}], {"prompt": "q", "answer": "gold"}, key="data.columns")
     with pytest.raises(DataError) as caught:
-        find_map(["text", "label"], {}, key="data.columns")
-    for part in ("['label', 'text']", "data.columns", "GSM8K: question, answer", "flat: prompt"):
+        find_map([{"text": "", "label": ""}], {}, key="data.columns")
+    for part in (
+        "['label', 'text']",
+        "data.columns",
+        "question with answer: question",
+        "flat: prompt",
+    ):
         assert part in str(caught.value)
     assert str(caught.value).startswith("data.path: no known layout fits")
     with pytest.raises(ConfigError, match=r"data\.columns: expected the keys prompt, answer"):
@@ -248,10 +256,32 @@ def test_unusable_rows_are_counted_with_an_example_and_dropped(tokenizer):
     "answer", ["it is eighteen", "it is 18", "18 ####", "18\n#### eighteen", None, 18]
 )
 def test_a_gsm8k_answer_without_number(tokenizer, answer):
-    rows = [{"question": "q", "answer": "#### 3"}, {"question": "q", "answer": answer}]
+    rows = [{"question": "q", "answer": "#### 3"}] * 2 + [{"question": "q", "answer": answer}]
     problems, report = build(rows, tokenizer)
-    assert [p.answer for p in problems] == ["3"]
-    assert kinds(report) == {"no_answer": (1, 1)}
+    assert [p.answer for p in problems] == ["3", "3"]
+    assert report.layout == "GSM8K" and kinds(report) == {"no_marker": (1, 2)}
+    assert '"####"' in str(report) and "data.columns" in str(report)
+
+
+@pytest.mark.parametrize("prompt", ["question", "problem", "prompt"])
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_the_marker_of_gsm8k_is_looked_for_in_the_rows(tokenizer, prompt, as_dataset):
+    def read(*answers):
+        rows = [{prompt: "q", "answer": answer} for answer in answers]
+        problems, report = build(
+            datasets.Dataset.from_list(rows) if as_dataset else rows, tokenizer
+        )
+        return [(p.answer, p.demonstration) for p in problems], report
+
+    worked = ("72", "it is 72\n#### 72")
+    found, report = read("4.5e33", r"\frac{1}{2}", "x + 1")
+    assert [answer for answer, _ in found] == ["4.5e33", r"\frac{1}{2}", "x + 1"]
+    assert not report.findings
+    found, report = read("18", worked[1], "3", None)
+    assert found == [("18", None), worked, ("3", None)]
+    assert kinds(report) == {"no_answer": (1, 3)}
+    found, report = read(worked[1], worked[1], "so it is 24")
+    assert found == [worked, worked] and kinds(report) == {"no_marker": (1, 2)}
 
 
 def test_gold_answers_of_a_user_reward_need_not_parse(tokenizer):
