@@ -14,8 +14,14 @@ from functools import partial
 
 import torch
 
-from bench.device import Bench
 from bench.harness import require_triton
+
+if __name__ == "__main__":
+    require_triton("bench.autotune")
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # a smoke run; before triton is imported
+
+from bench.device import Bench
 
 NARROW = 4096
 WIDTHS = {NARROW: (1024, 4096), None: (32000, 151936, 262144)}  # None: wider than any other
@@ -36,9 +42,6 @@ def candidates(*, itemsize: int, smoke: bool) -> list[tuple[int, int, int, int]]
 
 
 def main() -> None:
-    require_triton("bench.autotune")
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # a smoke run; before triton is imported
     bench = Bench(
         __doc__,
         tests=["tests/kernels/test_token_stats_triton.py"],

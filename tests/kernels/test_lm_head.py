@@ -18,6 +18,7 @@ from rft_kernels import (
     patch_lm_head,
     reference,
 )
+from test_token_loss import luffy
 from torch import nn
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -81,6 +82,17 @@ def eager_loss(model: nn.Module, ids: dict, inputs: dict, **extra) -> torch.Tens
     """By the model's own logits, [B, L, V], and the specification."""
     logits = model(**ids, use_cache=False).logits
     return reference.prefix_rft_loss(logits, **inputs, vocab_size=VOCAB, **options(**extra)).loss
+
+
+def as_function(inputs: dict) -> dict:
+    """The same rows under a loss that is a function."""
+    chosen = {"tokens": (inputs["advantages"],), "mask": inputs["response_mask"]}
+    return {"targets": inputs["targets"], "loss_fn": luffy, **chosen, "normalizer": 20.0}
+
+
+def eager_function(model: nn.Module, ids: dict, inputs: dict) -> torch.Tensor:
+    logits = model(**ids, use_cache=False).logits
+    return reference.token_loss(logits, **as_function(inputs), vocab_size=VOCAB).loss
 
 
 def hidden_states(model: nn.Module, ids: dict) -> torch.Tensor:
@@ -204,6 +216,11 @@ def test_lora_on_the_head(model_type, patched):
     assert_same(gradients(model), truth)
     assert head.base_layer.weight.grad is None
 
+    eager_function(model, ids, inputs).backward()
+    truth = gradients(model)
+    head(hidden_states(model.base_model.model, ids), **as_function(inputs)).loss.backward()
+    assert_same(gradients(model), truth)
+
     with model.disable_adapter():
         plain = eager_loss(model, ids, inputs)
         found = head(hidden_states(model.base_model.model, ids), **inputs, **options())
@@ -254,11 +271,14 @@ def test_errors_at_the_edge():
         patch_lm_head(model.base_model)
 
 
-def rank_loss(self, ids: dict, inputs: dict, **extra) -> torch.Tensor:
+def rank_loss(
+    self: nn.Module, ids: dict, inputs: dict, function: bool = False, **extra
+) -> torch.Tensor:
     hidden = hidden_states(self, ids)
     self.hidden = hidden.detach()
     self.lm_head(hidden, inputs["targets"])  # a forward without a backward
-    return self.lm_head(hidden, **inputs, **options(**extra)).loss
+    given = as_function(inputs) if function else inputs | options(**extra)
+    return self.lm_head(hidden, **given).loss
 
 
 def shard(model: nn.Module, num_ranks: int, mp_policy: MixedPrecisionPolicy) -> None:
@@ -283,11 +303,11 @@ def sharded_gradients(rank: int, store: str, num_ranks: int, tied: bool, results
     patch_lm_head(model, vocab_size=VOCAB)
     shard(model, num_ranks, MixedPrecisionPolicy())
     ids, inputs = ({name: x.chunk(num_ranks)[rank] for name, x in part.items()} for part in given)
-    for name in ("one pass", "two passes"):
+    for name in ("one pass", "two passes", "a function"):
         if name == "two passes":
             del inputs["selected_mask"]
         with warnings.catch_warnings(action="error"):
-            loss = model.loss(ids, inputs, fraction=1) * num_ranks
+            loss = model.loss(ids, inputs, name == "a function", fraction=1) * num_ranks
         loss.backward()
         found = {key: grad.full_tensor() for key, grad in gradients(model).items()}
         if rank == 0:
@@ -304,11 +324,14 @@ def test_sharded_by_fsdp(num_ranks, tied, tmp_path):
         arguments = (str(tmp_path / "store"), num_ranks, tied, results)
         mp.spawn(sharded_gradients, arguments, nprocs=num_ranks)
         results = dict(results)
-    for name in ("one pass", "two passes"):
+    for name in ("one pass", "two passes", "a function"):
         model, (ids, inputs) = make_model(tie_word_embeddings=tied), batch()
         if name == "two passes":
             del inputs["selected_mask"]
-        eager_loss(model, ids, inputs, fraction=1).backward()
+        if name == "a function":
+            eager_function(model, ids, inputs).backward()
+        else:
+            eager_loss(model, ids, inputs, fraction=1).backward()
         assert_same(results[name], gradients(model))
 
 

@@ -16,7 +16,7 @@ from rft_kernels import (
     linear_token_stats,
     reference,
 )
-from test_token_loss import FUNCTIONS, options_of
+from test_token_loss import FUNCTIONS, luffy, options_of
 from test_token_loss import case as function_case
 from test_token_loss import positional as leading
 from torch import nn
@@ -131,6 +131,11 @@ def others(rank: int, mesh: Any, results: Any) -> None:
         *(x.detach() for x in stats), head.weight.grad.to_local(), hidden.grad, inner.grad, buffer
     ]  # fmt: skip
 
+    hidden.grad = inner.grad = head.weight.grad = None
+    given = head_of(function_case(luffy), low_rank=(inner, up))
+    head(hidden, **given).loss.backward()
+    results["function", rank] = [head.weight.grad.to_local(), hidden.grad, inner.grad]
+
     refused = []
     whole = head.weight.detach().full_tensor()
     for weight, options in (
@@ -144,6 +149,12 @@ def others(rank: int, mesh: Any, results: Any) -> None:
         except (TypeError, ValueError) as error:
             refused.append(str(error))
     results["refused", rank] = refused
+
+
+def head_of(inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """What a module is called with beside the hidden states."""
+    held = ("hidden", *SHARDED)
+    return {k: x for k, x in inputs.items() if k not in held} | options
 
 
 def factors() -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,6 +231,12 @@ def test_module_with_a_buffer_and_a_low_rank_term(results):
             head.weight.grad[own],
         ]  # fmt: skip
         torch.testing.assert_close(results["module", rank], expected, rtol=1e-10, atol=1e-13)
+
+    hidden.grad = inner.grad = head.weight.grad = None
+    head(hidden, **head_of(function_case(luffy), low_rank=(inner, up))).loss.backward()
+    for rank, own in enumerate((slice(17), slice(17, 33))):
+        expected = [head.weight.grad[own], hidden.grad, inner.grad]
+        torch.testing.assert_close(results["function", rank], expected, rtol=1e-10, atol=1e-13)
 
 
 def test_refusals(results):
