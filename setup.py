@@ -25,6 +25,7 @@ setup(
         TORCH,
         "transformers>=5.16,<5.20",
         "datasets>=4",
+        "filelock>=3.30",
         "safetensors",
         "math-verify==0.9.0",
         "pydantic>=2.12",

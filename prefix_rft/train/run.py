@@ -45,13 +45,14 @@ from prefix_rft.train.checkpoint import (
     load_model_weights,
 )
 from prefix_rft.train.interrupt import Interrupt, Stopped
+from prefix_rft.train.lock import RunLock, held
 from prefix_rft.train.trainer import Trainer
 
 
 def train(config: Config, *, resume: bool = False) -> dict:
     """Run `config` from its base to its report, in the folder `config.run_dir`.
 
-    Under torchrun all ranks run it together; rank 0 keeps the folder.
+    Under torchrun all ranks run it together; rank 0 keeps the folder, which is locked meanwhile.
 
     Args:
         resume: continue from the newest checkpoint of the folder, if there is one; a finished run
@@ -63,11 +64,14 @@ def train(config: Config, *, resume: bool = False) -> dict:
         UserError: something the user can put right.
         Stopped: SIGINT or SIGTERM came; the last whole step is in a checkpoint.
     """
-    with World(config.sharding, resolve_device(config.model)) as world:
-        return _train(config, world, resume=resume)
+    with (
+        World(config.sharding, resolve_device(config.model)) as world,
+        held(config.run_dir, world) as lock,
+    ):
+        return _train(config, world, lock, resume=resume)
 
 
-def _train(config: Config, world: World, *, resume: bool) -> dict:
+def _train(config: Config, world: World, lock: RunLock, *, resume: bool) -> dict:
     run_dir = config.run_dir
     summary, checkpoints = world.broadcast(lambda: _open_run(config, resume))
     if not _steps_follow_from_data(config) and _is_finished(config, summary, checkpoints):
@@ -112,12 +116,13 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
         if trainer.step_index < config.trainer.num_steps:
             summary = {"base": summary["base"]}  # of other weights than those to come
             _write_summary(run_dir, summary, world)
-        _loop(config, setup, trainer, logger, watch, interrupt)
+        _loop(config, setup, trainer, logger, watch, interrupt, lock)
         if "trained" not in summary:
             logger.message("evaluating the trained model")
             trained = setup.evaluate(interrupt, version=trainer.step_index)
             logger.log(trainer.step_index, _eval_metrics(trained), kind="eval")
             summary |= {"trained": trained}
+    world.broadcast(lock.check)
     _write_summary(run_dir, summary, world)
     try:
         if world.is_main:
@@ -130,18 +135,12 @@ def _train(config: Config, world: World, *, resume: bool) -> dict:
 
 
 def _open_run(config: Config, resume: bool) -> tuple[dict, list[Path]]:
-    """The summary so far and the checkpoints to continue from; makes the folder."""
-    run_dir = config.run_dir
-    summary = _read_summary(run_dir) if resume else {}
-    checkpoints = list_checkpoints(run_dir) if resume else []
+    """The summary so far and the checkpoints to continue from."""
+    if not resume:
+        return {}, []
+    summary, checkpoints = _read_summary(config.run_dir), list_checkpoints(config.run_dir)
     if not _steps_follow_from_data(config):
-        _is_finished(config, summary, checkpoints)  # refused before the folder is made
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir: expected a folder that can be written, got {run_dir} ({error.strerror})"
-        ) from error
+        _is_finished(config, summary, checkpoints)  # refused before any work
     return summary, checkpoints
 
 
@@ -316,6 +315,7 @@ def _loop(
     logger: MetricsLogger | NoLogger,
     watch: Watch,
     interrupt: Interrupt,
+    lock: RunLock,
 ) -> None:
     """Train to the last step; a checkpoint every n steps, at the end, and when stopped."""
     num_steps, every = config.trainer.num_steps, config.trainer.checkpoint_every
@@ -341,6 +341,7 @@ def _loop(
                     saved = trainer.save(checkpoints)
                 with interrupt.cancellable():
                     checkpoints.check()
+                    lock.check()
                 if config.eval.every and done % config.eval.every == 0 and done < num_steps:
                     results = setup.evaluate(interrupt, version=done)
                     logger.log(done, _eval_metrics(results), kind="eval")
