@@ -38,9 +38,16 @@ class Options(NamedTuple):
     @property
     def terms(self) -> Terms:
         """Of the losses that clip; `delta` bounds the ratio whatever the advantage's sign."""
+        highest = 1 + self.eps_high
         delta = math.inf if self.delta is None else self.delta
-        bounds = [1 - self.eps_low, min(1 + self.eps_high, delta)]
-        return Terms(2 * bounds, self.delta, None, entropy_coef=0.0, kl="none", kl_coef=0.0)
+        return Terms(
+            clip_range=2 * [1 - self.eps_low, min(highest, delta)],
+            dual_clip=None if self.delta is None else max(highest, delta),
+            importance_cap=None,
+            entropy_coef=0.0,
+            kl="none",
+            kl_coef=0.0,
+        )
 
     def check(self) -> None:
         """ValueError for what is no loss."""
@@ -91,7 +98,8 @@ def token_losses(
     is_clipped = torch.zeros_like(ratio, dtype=torch.bool)
     if options.loss_type in _CLIPPED:
         policy = clipped_policy(log_ratio, advantage, is_clipped, options.terms)
-        loss, is_clipped = policy.loss, policy.clipped_low | policy.clipped_high
+        beyond = policy.clipped_high & (policy.ratio > 1 + options.eps_high)  # and not `delta`
+        loss, is_clipped = policy.loss, policy.clipped_low | beyond
     elif options.loss_type == "cispo":
         is_clipped = (ratio > options.eps_high) & (advantage > 0)
         loss = -ratio.detach().clamp(max=options.eps_high) * advantage * log_probs

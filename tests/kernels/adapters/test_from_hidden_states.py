@@ -197,6 +197,7 @@ LIGER_CASES = {
     "items": {"num_items_in_batch": 29},
     "temperature": {"temperature": 0.6, "ref": "hidden"},
     "grpo": {"loss_type": "grpo", "delta": 1.45, "ratio": "token"},
+    "delta within the clip range": {"loss_type": "grpo", "delta": 1.1},
     "bnpo": {"loss_type": "bnpo", "use_bias_correction_kl": True, "ratio": "sequence"},
     "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 11, "epsilon_high": 0.3},
     "sequence": {
