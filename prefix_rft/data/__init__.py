@@ -1,9 +1,11 @@
 """Datasets to problems; the testbed, and the small base model that is trained here."""
 
 from prefix_rft.data.base_model import resolve_base
+from prefix_rft.data.load_report import LoadReport
 from prefix_rft.data.problems import batch_indices, load_problems
 
 __all__ = [
+    "LoadReport",
     "batch_indices",
     "load_problems",
     "resolve_base",

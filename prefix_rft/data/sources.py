@@ -1,7 +1,12 @@
 """Where rows come from: files, folders and the hub, all through `datasets`."""
 
+import codecs
+import json
 import re
+from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetsError
@@ -10,6 +15,7 @@ from prefix_rft.data.columns import DataError
 
 _FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 _SUFFIXES = ", ".join(_FILE_FORMATS)
+_long_number = re.compile(rb"[:,\[\s]-?\d{19}")  # shorter ones fit into 64 bits
 
 
 def load_rows(path: str, split: str, *, key: str = "data.path") -> datasets.Dataset:
@@ -21,7 +27,8 @@ def load_rows(path: str, split: str, *, key: str = "data.path") -> datasets.Data
         key: the configuration key of `path`, for messages.
 
     Raises:
-        DataError: nothing is there, it cannot be read, or it has no such split or no rows.
+        DataError: nothing is there, it cannot be read, it has no such split or no rows, or a whole
+            number in a json or jsonl file needs more than 64 bits.
     """
     local = Path(path).expanduser()
     if local.is_dir() or local.is_file():
@@ -30,6 +37,8 @@ def load_rows(path: str, split: str, *, key: str = "data.path") -> datasets.Data
         if len(formats) != 1 or None in formats:
             names = [file.name for file in files[:10]]
             raise DataError(f"{key}: {path}: expected files of one of {_SUFFIXES}, got {names}")
+        for file in files if formats == {"json"} else ():
+            _check_whole_numbers(file, key)
         request = {"path": formats.pop(), "data_files": [str(file) for file in files]}
         request["split"] = "train"  # the name `datasets` gives to the rows of plain files
     elif local.suffix in _FILE_FORMATS or path.startswith((".", "/", "~")):
@@ -62,3 +71,33 @@ def _files_of_split(folder: Path, split: str, key: str) -> list[Path]:
         names = [str(file.relative_to(folder)) for file in files[:10]]
         raise DataError(f"{key}: {folder}: no {_SUFFIXES} file of split {split!r}; it has {names}")
     return found
+
+
+def _check_whole_numbers(file: Path, key: str) -> None:
+    """Raise a DataError for a whole number that `datasets` would turn into an inexact float."""
+    with file.open("rb") as lines:
+        rows = (line for line in lines if not line.isspace())
+        suspects = [(row, line) for row, line in enumerate(rows) if _long_number.search(line)]
+    text = file.read_bytes() if suspects else b""
+    try:
+        if text.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+            found = list(enumerate(json.loads(text, parse_int=Decimal)))
+        else:
+            found = [(row, json.loads(line, parse_int=Decimal)) for row, line in suspects]
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return  # `datasets` says what is wrong
+    for row, value in found:
+        for number in _whole_numbers(value):
+            if not -(2**63) <= number < 2**63:
+                raise DataError(
+                    f"{key}: {file}: row {row}: {number} needs more than 64 bits; write it as a "
+                    "string"
+                )
+
+
+def _whole_numbers(value: Any) -> Iterator[Decimal]:
+    if isinstance(value, Decimal):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _whole_numbers(item)

@@ -1,12 +1,15 @@
 """Rows from files, folders and the hub, and what cannot be loaded."""
 
 import json
+from decimal import Decimal
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from prefix_rft.checks import UserError
-from prefix_rft.data.columns import DataError
+from prefix_rft.data.columns import DataError, find_map
 from prefix_rft.data.sources import load_rows
 
 
@@ -75,6 +78,40 @@ def test_files_that_cannot_be_loaded(tmp_path, name, content, message):
     with pytest.raises(DataError) as caught:
         load_rows(str(path), "train", key="data.eval_path")
     assert str(caught.value).startswith(f"data.eval_path: {path}: ")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "indented json"])
+@pytest.mark.parametrize("number", [2**70, 2**63, -(2**63) - 1])
+def test_a_whole_number_beyond_64_bits_is_refused_with_its_row(tmp_path, form, number):
+    rows = [{"meta": {"gold": n}} for n in (2**63 - 1, -(2**63), number)]
+    path = tmp_path / f"a.{form.split()[-1]}"
+    for count in (2, 3):
+        if form == "jsonl":
+            write_jsonl(path, rows[:count])
+        else:
+            path.write_text(json.dumps(rows[:count], indent=2 if "indented" in form else None))
+        if count == 2:
+            assert [row["meta"]["gold"] for row in load_rows(str(path), "")] == [
+                2**63 - 1,
+                -(2**63),
+            ]
+    with pytest.raises(DataError, match=f"data.path: .*: row 2: {number} needs more than 64"):
+        load_rows(str(path), "")
+
+
+def test_long_digits_in_a_string_are_as_exact_as_they_stand(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [{"answer": f" {2**70}"}, {"answer": f"x: {2**70}"}])
+    assert load_rows(str(path), "")["answer"][:] == [f" {2**70}", f"x: {2**70}"]
+
+
+def test_decimals_of_a_parquet_file_are_exact(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    column = pa.array([Decimal(2**70), Decimal("7")], pa.decimal128(38, 0))
+    pq.write_table(pa.table({"problem": ["a", "b"], "answer": column}), path)
+    rows = load_rows(path, "")
+    read = find_map(rows, {}, key="data.columns").read
+    assert [read(row).answer for row in rows] == [str(2**70), "7"]
 
 
 def test_an_empty_parquet_file_and_an_empty_folder(tmp_path):
