@@ -2,8 +2,10 @@
 
 import json
 import os
+import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from prefix_rft.config import (
     require_packages,
     save_config,
 )
-from prefix_rft.data import load_problems, resolve_base
+from prefix_rft.data import LoadReport, load_problems, resolve_base
 from prefix_rft.data_types import Problem
 from prefix_rft.evaluate import answer, summarize
 from prefix_rft.methods import find_method
@@ -58,8 +60,8 @@ def train(config: Config, *, resume: bool = False) -> dict:
         resume: continue from the newest checkpoint of the folder, if there is one; a finished run
             is left as it is.
     Returns:
-        the summary: "base" and "trained", each as `summarize` returns it, and the number of steps
-        of the model that is written, "model_step".
+        the summary: "base" and "trained", each as `summarize` returns it; "data", what the rows
+        came to; "model_step", the steps done by the model that is written.
     Raises:
         UserError: something the user can put right.
         Stopped: SIGINT or SIGTERM came; the last whole step is in a checkpoint.
@@ -100,10 +102,11 @@ def _train(config: Config, world: World, lock: RunLock, *, resume: bool) -> dict
         left_out = len(setup.data.train) - len(trainer.problems)
         if left_out:
             logger.message(f"{config.method.name} cannot learn from {left_out} problems: left out")
+        data = {"data": _row_counts(setup.data.reports)}
         watch = Watch(config.data.answer_pattern)
         if "base" not in summary:
             logger.message("evaluating the base model")
-            summary = {"base": setup.evaluate(interrupt, version=0)}
+            summary = data | {"base": setup.evaluate(interrupt, version=0)}
             _write_summary(run_dir, summary, world)
             if warning := watch.of_base(summary["base"]):
                 logger.message(warning)
@@ -114,7 +117,7 @@ def _train(config: Config, world: World, lock: RunLock, *, resume: bool) -> dict
         else:
             logger.log(0, _eval_metrics(summary["base"]), kind="eval")
         if trainer.step_index < config.trainer.num_steps:
-            summary = {"base": summary["base"]}  # of other weights than those to come
+            summary = data | {"base": summary["base"]}  # the rest tells of other weights
             _write_summary(run_dir, summary, world)
         _loop(config, setup, trainer, logger, watch, interrupt, lock)
         if "trained" not in summary:
@@ -205,13 +208,26 @@ def _logger(config: Config, world: World, checkpoints: list[Path]) -> MetricsLog
 
 
 def evaluate_model(config: Config, model_path: str) -> dict:
-    """Results of the model at `model_path`, a folder or hub id, on the held-out problems."""
+    """Results of the model at `model_path`, a folder or hub id, on the held-out problems.
+
+    What the dataset's rows came to is told on stderr, and counted under "data".
+    """
     with (
         World(config.sharding, resolve_device(config.model)) as world,
         Setup(config, model_path, world) as setup,
         Interrupt(world) as interrupt,
     ):
-        return setup.evaluate(interrupt, version=0)
+        if world.is_main:
+            print(*setup.data.reports, sep="\n", file=sys.stderr, flush=True)
+        return setup.evaluate(interrupt, version=0) | {"data": _row_counts(setup.data.reports)}
+
+
+def _row_counts(reports: Sequence[LoadReport]) -> list[dict]:
+    """The reports as JSON has them, with the number of rows by kind of finding."""
+    return [
+        asdict(report) | {"findings": {found.kind: found.count for found in report.findings}}
+        for report in reports
+    ]
 
 
 def export_checkpoint(run_dir: Path, step: int | None, folder: Path) -> None:

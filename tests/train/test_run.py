@@ -87,7 +87,8 @@ def test_a_checkpoint_can_be_exported_and_evaluated(config, tmp_path: Path) -> N
     assert all(torch.equal(newest[name], final[name]) for name in final)
     earlier = AutoModelForCausalLM.from_pretrained(tmp_path / "step-2").state_dict()
     assert any(not torch.equal(earlier[name], final[name]) for name in final)
-    assert evaluate_model(config, str(tmp_path / "newest")) == summary["trained"]
+    results = evaluate_model(config, str(tmp_path / "newest"))
+    assert results == summary["trained"] | {"data": summary["data"]}
     with pytest.raises(CheckpointError, match=r"expected a checkpoint of step 3, got \[2, 4\]"):
         export_checkpoint(config.run_dir, 3, tmp_path / "none")
 
@@ -118,6 +119,22 @@ def test_a_signal_saves_and_resume_ends_as_if_there_had_been_none(
     assert step_records(config.run_dir) == step_records(whole.run_dir)
     ours, theirs = weights(config.run_dir), weights(whole.run_dir)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_rows_that_are_dropped_are_told_by_training_and_evaluation(config, capsys) -> None:
+    path = Path(config.data.path)
+    rows = [{"prompt": "no answer", "answer": ""}, {"prompt": "long" * 99, "answer": "1"}]
+    path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(config, trainer=replace(config.trainer, num_steps=1))
+    summary = train(config)
+    [counts] = summary["data"]
+    assert (counts["num_rows"], counts["num_problems"]) == (14, 12)
+    assert counts["findings"] == {"no_answer": 1, "long_prompt": 1}
+    trained = capsys.readouterr().out
+    results = evaluate_model(config, config.model.path)
+    assert results["data"] == summary["data"]
+    for text in (trained, capsys.readouterr().err):
+        assert "12 problems " in text and "no usable answer" in text
 
 
 def test_an_empty_dataset_is_one_clear_error(config) -> None:
