@@ -1,4 +1,4 @@
-"""The unusable rows of a dataset, counted by kind, with an example of each."""
+"""The unusable or changed rows of a dataset, counted by kind, with an example of each."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -11,6 +11,7 @@ Kind = Literal[
     "long_prompt",
     "long_demonstration",
     "short_demonstration",
+    "merged_boundary",
 ]
 
 _MEANING: dict[Kind, str] = {
@@ -22,18 +23,26 @@ _MEANING: dict[Kind, str] = {
     "long_prompt": "dropped: prompt above data.max_prompt_tokens",
     "long_demonstration": "without demonstration: above rollout.max_response_length - 1 tokens",
     "short_demonstration": "without demonstration: below 2 tokens, nothing to cut",
+    "merged_boundary": "whose prompt and demonstration would share a token: the demonstration is "
+    "tokenised without its prompt",
 }
+# Kinds that only tell what was done: these rows are usable.
+_NOTES: frozenset[Kind] = frozenset({"merged_boundary"})
 _EXAMPLE_CHARS = 120
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Unusable rows or demonstrations of one kind: how many, and the first of them."""
+    """Rows of one kind, unusable or changed: how many, and the first of them."""
 
     kind: Kind
     count: int
     row: int  # index of the example
     example: str
+
+    @property
+    def is_note(self) -> bool:
+        return self.kind in _NOTES
 
     def __str__(self) -> str:
         rows = "1 row" if self.count == 1 else f"{self.count} rows"

@@ -20,6 +20,9 @@ from prefix_rft.data_types import Problem
 from prefix_rft.reward import Grader, clean_answer, plain_number
 
 _TOKENIZER_BATCH = 256  # texts; the tokenizer needs some hundred bytes per token for a batch
+# What a demonstration is tokenised behind where neither its prompt nor the last character of that
+# keeps tokens of its own.
+_OTHER_STARTS = ("\n", ":", "a")
 _THINK = "<think>\n"
 
 
@@ -88,9 +91,9 @@ def problems_from_rows(
 ) -> tuple[list[Problem], LoadReport]:
     """Tokenised problems, in the order of the rows, and a report on the rows that were dropped.
 
-    A prompt is rendered with the chat template and tokenised as is. A demonstration is tokenised on
-    its own, without a leading `<think>` line if the template has already written it. No special
-    tokens are added to either.
+    A prompt is rendered with the chat template and tokenised as is. The ids of a demonstration are
+    those it has behind its prompt, without a leading `<think>` line if the template has already
+    written it. No special tokens are added to either.
 
     Args:
         rows: a `datasets.Dataset`, or dicts that all have the keys of the first.
@@ -120,7 +123,7 @@ def problems_from_rows(
         drafts = [dataclasses.replace(draft, demonstration=None) for draft in drafts]
     if check_answers:
         drafts = _with_parseable_answer(drafts, findings)
-    tokenized = _tokenized(drafts, tokenizer)
+    tokenized = _tokenized(drafts, tokenizer, findings)
     limits = config.max_prompt_tokens, max_response_length - 1
     problems = list(_within_limits(tokenized, *limits, findings))
     report = LoadReport(
@@ -133,7 +136,7 @@ def problems_from_rows(
     )
     if not problems:
         raise DataError(f"{place}: no usable row\n{report}")
-    if config.strict and report.findings:
+    if config.strict and not all(finding.is_note for finding in report.findings):
         raise DataError(f"refused because of data.strict\n{report}")
     return problems, report
 
@@ -276,7 +279,9 @@ def _with_parseable_answer(drafts: list[Problem], findings: Findings) -> list[Pr
     return [draft for draft in drafts if parses[draft.answer]]
 
 
-def _tokenized(drafts: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> Iterator[Problem]:
+def _tokenized(
+    drafts: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, findings: Findings
+) -> Iterator[Problem]:
     # One int object per token id: a dataset has hundreds of millions of tokens.
     shared = list(range(max(tokenizer.get_vocab().values()) + 1))
 
@@ -286,12 +291,33 @@ def _tokenized(drafts: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) ->
         )
         return [tuple(map(shared.__getitem__, ids)) for ids in encoded["input_ids"]]
 
+    def behind(start: str, text: str) -> tuple[int, ...] | None:
+        """The ids of `text` behind `start`; None if the two share a token."""
+        start_ids, ids = ids_of([start, start + text])
+        return _behind(start_ids, ids)
+
     for start in range(0, len(drafts), _TOKENIZER_BATCH):
         batch = [_without_second_think(d) for d in drafts[start : start + _TOKENIZER_BATCH]]
         prompts = ids_of([draft.prompt for draft in batch])
-        demonstrations = ids_of([draft.demonstration or "" for draft in batch])
-        for draft, prompt_ids, ids in zip(batch, prompts, demonstrations, strict=True):
+        wholes = ids_of([draft.prompt + (draft.demonstration or "") for draft in batch])
+        for draft, prompt_ids, whole in zip(batch, prompts, wholes, strict=True):
+            ids = _behind(prompt_ids, whole)
+            if ids is None:
+                findings.add(
+                    "merged_boundary", draft.index, draft.prompt[-20:] + draft.demonstration[:20]
+                )
+                tries = (
+                    behind(text, draft.demonstration) for text in (draft.prompt[-1], *_OTHER_STARTS)
+                )
+                ids = next((found for found in tries if found is not None), None)
+            if ids is None:
+                (ids,) = ids_of([draft.demonstration])
             yield dataclasses.replace(draft, prompt_ids=prompt_ids, demonstration_ids=ids)
+
+
+def _behind(start: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What follows `start` in `whole`; None if `whole` starts otherwise."""
+    return whole[len(start) :] if whole[: len(start)] == start else None
 
 
 def _without_second_think(draft: Problem) -> Problem:

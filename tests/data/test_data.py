@@ -7,7 +7,7 @@ from collections import Counter
 
 import datasets
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from prefix_rft.checks import ConfigError
@@ -327,15 +327,66 @@ def test_a_template_that_is_missing_or_refuses(tokenizer):
         build(flat(1), bare)
 
 
-def test_prompt_and_demonstration_are_tokenised_apart(tokenizer):
-    """With merges across the boundary, joint tokenisation would give other ids."""
-    backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, ">": 3}, [("a", "b")]))
-    merging = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template="{{ messages[0].content }}{% if add_generation_prompt %}>a{% endif %}",
-    )
-    (problem,), _ = build([{"prompt": "b", "answer": "1", "demonstration": "bab"}], merging)
-    assert problem.prompt_ids == (1, 3, 0) and problem.demonstration_ids == (1, 2)
+SPELLED = {character: i for i, character in enumerate("<unk> \n:>abx▁The]")}
+
+
+def bpe(*merges, normalizer=None, pre_tokenizer=None):
+    """A tokenizer that merges what is given; its prompts are the user's text and ">xa" or "]"."""
+    vocabulary = dict(SPELLED)
+    for merge in merges:
+        vocabulary.setdefault("".join(merge), 100 + len(vocabulary))
+    backend = Tokenizer(models.BPE(vocabulary, list(merges)))
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    template = "{{ messages[0].content }}{% if add_generation_prompt %}>{% endif %}"
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="first", split=False)},
+        {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="always", split=False)},
+        {
+            "normalizer": normalizers.Sequence(
+                [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            )
+        },
+    ],
+)
+def test_a_demonstration_has_the_ids_that_it_has_behind_its_prompt(options):
+    """Llama-2 and Mistral put a space before a text that stands alone."""
+    tokenizer = bpe(("T", "h"), ("Th", "e"), ("▁", "The"), **options)
+    assert tokenizer.tokenize("The") == ["▁The"]
+    row = {"prompt": "a", "answer": "1", "demonstration": "The The"}
+    (problem,), report = build([row], tokenizer, strict=True)
+    assert tokenizer.convert_ids_to_tokens(problem.prompt_ids) == ["▁", "a", ">"]
+    assert tokenizer.convert_ids_to_tokens(problem.demonstration_ids) == ["The", "▁The"]
+    assert report.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("merges", "prompt"),
+    [
+        ([("x", ">"), ("x>", "b")], ["a", "x>"]),  # behind ">" alone "b" keeps its token
+        ([(">", "b")], ["a", "x", ">"]),  # but here it does not
+    ],
+)
+def test_a_demonstration_that_would_share_a_token_with_its_prompt(merges, prompt):
+    tokenizer = bpe(*merges, ("b", "a"), ("ba", "b"))
+    rows = [
+        {"prompt": "ax", "answer": "1", "demonstration": text} for text in ("ab:", "bab:", "ba:")
+    ]
+    problems, report = build(rows, tokenizer, strict=True)
+    tokens = [tokenizer.convert_ids_to_tokens(p.demonstration_ids) for p in problems]
+    assert tokens == [["a", "b", ":"], ["bab", ":"], ["ba", ":"]]
+    assert {problem.prompt_ids for problem in problems} == {
+        tuple(tokenizer.convert_tokens_to_ids(prompt))
+    }
+    assert kinds(report) == {"merged_boundary": (2, 1)}
+    assert "2 rows whose prompt and demonstration would share a token" in str(report)
 
 
 def test_more_rows_than_one_batch_of_the_tokenizer(tokenizer):
