@@ -75,6 +75,7 @@ def test_a_step_equals_the_straight_line_script(fields: dict) -> None:
     assert shown["tokens"][-1] == "<eos>" and all(shown["selected"]) and shown["reward"] is None
 
 
+@pytest.mark.slow
 def test_two_ranks_step_as_one(tmp_path: Path) -> None:
     config = make_run(
         tmp_path,

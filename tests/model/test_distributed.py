@@ -25,6 +25,8 @@ from prefix_rft.train.run import Setup, train
 from tests.model.rank_worker import given
 from tests.tiny import make_run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

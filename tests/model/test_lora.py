@@ -200,6 +200,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_trains_the_body_alone(tmp
 # Two ranks
 
 
+@pytest.mark.slow
 def test_one_step_of_two_ranks_equals_that_of_one_process(tmp_path) -> None:
     config = make_run(
         tmp_path,
@@ -220,6 +221,7 @@ def test_one_step_of_two_ranks_equals_that_of_one_process(tmp_path) -> None:
         assert moved == weight.requires_grad, name
 
 
+@pytest.mark.slow
 def test_two_ranks_of_bfloat16_export_what_one_process_makes_of_their_checkpoint(tmp_path) -> None:
     config = make_run(tmp_path, model=LORA | {"dtype": "bfloat16"}, optimizer={"lr": 1e-2})
     config = replace(config, trainer=replace(config.trainer, num_steps=2))

@@ -23,6 +23,8 @@ from tests.rollout.rollout_cases import VOCAB, make_requests
 from tests.rollout.vllm_cases import TOLERANCE, check_learnt, learning_run
 from tests.tiny import make_model
 
+pytestmark = pytest.mark.slow
+
 EOS = range(0, VOCAB, 12)  # as in the worker
 CPU = torch.device("cpu")
 

@@ -10,6 +10,8 @@ from prefix_rft.config.sections import VLLMConfig
 from tests.rollout.rollout_cases import make_requests
 from tests.rollout.vllm_cases import TOKEN_FILE, TOLERANCE, check_learnt, learning_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trainer(server_url, base_dir, tmp_path_factory) -> Path:

@@ -33,6 +33,7 @@ def take_step(model: nn.Linear, optimizer: torch.optim.Optimizer, seed: int) -> 
     optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
 def test_one_step_is_that_of_adamw(name) -> None:
     """p - lr * (decay * p + g / (|g| + eps)): at step 1 the averages, unbiased, are g and g^2."""

@@ -93,6 +93,7 @@ def test_a_checkpoint_can_be_exported_and_evaluated(config, tmp_path: Path) -> N
         export_checkpoint(config.run_dir, 3, tmp_path / "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_saves_and_resume_ends_as_if_there_had_been_none(
     config, tmp_path: Path, number: int, status: int
