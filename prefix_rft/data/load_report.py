@@ -11,6 +11,7 @@ Kind = Literal[
     "long_prompt",
     "long_demonstration",
     "short_demonstration",
+    "left_out_thought",
     "merged_boundary",
 ]
 
@@ -23,11 +24,13 @@ _MEANING: dict[Kind, str] = {
     "long_prompt": "dropped: prompt above data.max_prompt_tokens",
     "long_demonstration": "without demonstration: above rollout.max_response_length - 1 tokens",
     "short_demonstration": "without demonstration: below 2 tokens, nothing to cut",
+    "left_out_thought": "whose demonstration loses its thought: the chat template ends with an "
+    "empty one",
     "merged_boundary": "whose prompt and demonstration would share a token: the demonstration is "
     "tokenised without its prompt",
 }
 # Kinds that only tell what was done: these rows are usable.
-_NOTES: frozenset[Kind] = frozenset({"merged_boundary"})
+_NOTES: frozenset[Kind] = frozenset({"left_out_thought", "merged_boundary"})
 _EXAMPLE_CHARS = 120
 
 

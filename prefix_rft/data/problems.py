@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -23,7 +24,9 @@ _TOKENIZER_BATCH = 256  # texts; the tokenizer needs some hundred bytes per toke
 # What a demonstration is tokenised behind where neither its prompt nor the last character of that
 # keeps tokens of its own.
 _OTHER_STARTS = ("\n", ":", "a")
-_THINK = "<think>\n"
+_open_thought = re.compile(r"<think>(\s*)\Z")  # at the end of a prompt
+_empty_thought = re.compile(r"<think>\s*</think>(\s*)\Z")
+_begun_thought = re.compile(r"\s*<think>")  # at the start of a demonstration
 
 
 class LoadedProblems(NamedTuple):
@@ -92,8 +95,8 @@ def problems_from_rows(
     """Tokenised problems, in the order of the rows, and a report on the rows that were dropped.
 
     A prompt is rendered with the chat template and tokenised as is. The ids of a demonstration are
-    those it has behind its prompt, without a leading `<think>` line if the template has already
-    written it. No special tokens are added to either.
+    those it has behind its prompt; of the thought that the template has begun or, empty, ended it
+    has only the rest. No special tokens are added to either.
 
     Args:
         rows: a `datasets.Dataset`, or dicts that all have the keys of the first.
@@ -297,7 +300,7 @@ def _tokenized(
         return _behind(start_ids, ids)
 
     for start in range(0, len(drafts), _TOKENIZER_BATCH):
-        batch = [_without_second_think(d) for d in drafts[start : start + _TOKENIZER_BATCH]]
+        batch = [_with_one_thought(d, findings) for d in drafts[start : start + _TOKENIZER_BATCH]]
         prompts = ids_of([draft.prompt for draft in batch])
         wholes = ids_of([draft.prompt + (draft.demonstration or "") for draft in batch])
         for draft, prompt_ids, whole in zip(batch, prompts, wholes, strict=True):
@@ -320,11 +323,26 @@ def _behind(start: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...] |
     return whole[len(start) :] if whole[: len(start)] == start else None
 
 
-def _without_second_think(draft: Problem) -> Problem:
-    """`draft` without the `<think>` line of its demonstration if its prompt ends with one."""
-    if draft.demonstration is None or not draft.prompt.endswith(_THINK):
+def _with_one_thought(draft: Problem, findings: Findings) -> Problem:
+    """`draft` without what its demonstration repeats of a thought at the end of its prompt."""
+    text = draft.demonstration
+    if text is None:
         return draft
-    return dataclasses.replace(draft, demonstration=draft.demonstration.removeprefix(_THINK))
+    if thought := _open_thought.search(draft.prompt):
+        if begun := _begun_thought.match(text):
+            text = _behind_space(thought[1], text[begun.end() :])
+    elif thought := _empty_thought.search(draft.prompt):
+        own, ends, rest = text.partition("</think>")
+        if ends or _begun_thought.match(text):
+            text = _behind_space(thought[1], rest)
+            if own.replace("<think>", "").strip():
+                findings.add("left_out_thought", draft.index, own)
+    return dataclasses.replace(draft, demonstration=text)
+
+
+def _behind_space(space: str, text: str) -> str:
+    """`text` without the white space at its start that is already there."""
+    return text[len(space) :] if text.startswith(space) else text.lstrip()
 
 
 def _within_limits(

@@ -194,16 +194,42 @@ def test_a_system_prompt_stands_before_prompts_that_have_none(tokenizer):
     assert [p.prompt for p in problems] == ["<s>be brief<u>a<a>", "<s>think<u>1+1?<a>"]
 
 
-def test_the_think_line_of_the_template_is_not_repeated(tokenizer):
-    row = {"prompt": "a", "answer": "1", "demonstration": "<think>\nhm</think>1"}
-    (problem,), _ = build([row], tokenizer)
-    assert problem.demonstration == "<think>\nhm</think>1"
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "demonstration", "expected"),
+    [
+        ("", "<think>\nhm</think>1", "<think>\nhm</think>1"),
+        ("<think>\n", "<think>\nhm</think>1", "hm</think>1"),
+        ("<think>\n", "<think>hm</think>1", "hm</think>1"),
+        ("<think>\n", "\n<think>\n\nhm</think>1", "\nhm</think>1"),
+        ("<think>\n\n", "<think>\nhm</think>1", "hm</think>1"),
+        ("<think>", "<think>\nhm</think>1", "\nhm</think>1"),
+        ("<think>", " <think>hm</think>1", "hm</think>1"),
+        ("<think>\n", "hm</think>1", "hm</think>1"),
+        ("<think> ", "<think>", ""),
+        (EMPTY, "it is 1", "it is 1"),
+        (EMPTY, EMPTY + "it is 1", "it is 1"),
+        ("<think></think>", "<think></think>\nit is 1", "\nit is 1"),
+        (EMPTY, "<think>\nhm</think>\n\nit is 1", "it is 1"),
+        (EMPTY, "hm</think>it is 1", "it is 1"),
+        (EMPTY, "<think>hm", ""),
+    ],
+)
+def test_prompt_and_demonstration_have_one_thought(tokenizer, end, demonstration, expected):
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = TEMPLATE.replace("<a>", "<a><think>\n")
-    (problem,), _ = build([row], tokenizer)
-    assert problem.prompt == "<u>a<a><think>\n"
-    assert problem.demonstration == "hm</think>1"
-    assert tokenizer.decode(problem.demonstration_ids) == "hm</think>1"
+    tokenizer.chat_template = TEMPLATE.replace("<a>", f"<a>{end}")
+    row = {"prompt": "a", "answer": "1", "demonstration": demonstration}
+    (problem,), report = build([row], tokenizer)
+    assert problem.prompt == f"<u>a<a>{end}"
+    assert (problem.demonstration or "") == expected
+    assert tokenizer.decode(problem.demonstration_ids) == expected
+    assert kinds(report) == (
+        ({"short_demonstration": (1, 0)} if not expected else {})
+        | ({"left_out_thought": (1, 0)} if end == EMPTY and "hm" in demonstration else {})
+    )
+    assert ("chat template ends with an empty" in str(report)) == ("left" in str(kinds(report)))
 
 
 def test_unusable_rows_are_counted_with_an_example_and_dropped(tokenizer):
