@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -26,6 +27,8 @@ from prefix_rft.methods import DEFAULT_METHOD, find_method
 
 Overrides = Annotated[Config, arg(name="")]
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]
+# What loggers say while transformers imports torchao; no run uses what it is about.
+_IMPORT_NOISE = {"torchao": "Failed to load ", "torch.utils._pytree": "is an Enum subclass"}
 # The argument that a command takes before its options.
 _FIRST = {"train": "config", "eval": "model", "serve": "config", "doctor": "config"}
 
@@ -199,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0: done, 2: an error the user can fix, 130: interrupted."""
     # Threads that spin while waiting slow down the threads they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, noise in _IMPORT_NOISE.items():
+        logging.getLogger(name).addFilter(lambda record, noise=noise: noise not in str(record.msg))
     status = _run(sys.argv[1:] if argv is None else argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Interpreter shutdown can abort on a thread of the process group, and the launcher would

@@ -1,3 +1,4 @@
+import logging
 import os
 import signal
 import subprocess
@@ -179,3 +180,14 @@ def test_help_is_fast_and_loads_no_torch():
     for command in ("train", "eval", "export", "report", "doctor"):
         assert command in result.stdout
     assert os.times().children_user - start < 1.0  # seconds of CPU time
+
+
+def test_what_torchao_says_when_it_is_imported_is_not_shown(toml, calls, caplog):
+    cli.main(["train", toml])
+    for name, text in (
+        ("torchao", "Failed to load /x/_C_mxfp8.so: Could not load this library"),
+        ("torch.utils._pytree", "%s is an Enum subclass and is now natively supported by ..."),
+        ("torchao", "a warning that matters"),
+    ):
+        logging.getLogger(name).warning(text, *["Kind"] * text.count("%"))
+    assert caplog.messages == ["a warning that matters"]

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from prefix_rft.config import (
     MODEL_FOLDER,
     SUMMARY_FILE,
     Config,
+    is_run_folder,
     load_config,
     require_packages,
     save_config,
@@ -49,6 +50,14 @@ from prefix_rft.train.checkpoint import (
 from prefix_rft.train.interrupt import Interrupt, Stopped
 from prefix_rft.train.lock import RunLock, held
 from prefix_rft.train.trainer import Trainer
+
+# With another of these, steps are no continuation of those done.
+_FIXED = ("method.name", "seed")
+# Results of the base that were measured with others of these are measured again.
+_MEASURED_WITH = (
+    *("base.", "data.", "eval.", "model.", "reward.", "testbed.", "seed"),
+    *("rollout.max_response_length", "rollout.stop"),
+)
 
 
 def train(config: Config, *, resume: bool = False) -> dict:
@@ -112,6 +121,9 @@ def _train(config: Config, world: World, lock: RunLock, *, resume: bool) -> dict
                 logger.message(warning)
         if checkpoints:
             logger.message(f"resuming from {checkpoints[-1]}")
+            if changes := _changes(config):
+                told = (f"{key} {before!r} -> {now!r}" for key, (before, now) in changes.items())
+                logger.message(f"changed since the run began: {', '.join(told)}")
             trainer.restore(checkpoints[-1])
             world.broadcast(lambda: save_config(config, run_dir / CONFIG_FILE))
         else:
@@ -138,13 +150,47 @@ def _train(config: Config, world: World, lock: RunLock, *, resume: bool) -> dict
 
 
 def _open_run(config: Config, resume: bool) -> tuple[dict, list[Path]]:
-    """The summary so far and the checkpoints to continue from."""
+    """The summary so far and the checkpoints to continue from.
+
+    Raises:
+        ConfigError: the steps done are not the beginning of this run.
+    """
     if not resume:
         return {}, []
     summary, checkpoints = _read_summary(config.run_dir), list_checkpoints(config.run_dir)
-    if not _steps_follow_from_data(config):
-        _is_finished(config, summary, checkpoints)  # refused before any work
+    changes = _changes(config)
+    for key in _FIXED if checkpoints else ():
+        if key in changes:
+            before, now = changes[key]
+            raise ConfigError(
+                f"{key}: expected {before!r}, with which the steps in {config.run_dir} were done, "
+                f"got {now!r}"
+            )
+    if not _steps_follow_from_data(config) and _is_finished(config, summary, checkpoints):
+        return summary, checkpoints
+    if any(key.startswith(_MEASURED_WITH) for key in changes):
+        summary = {}
     return summary, checkpoints
+
+
+def _changes(config: Config) -> dict[str, tuple]:
+    """(before, now) of each key in which `config` differs from the one in its run folder."""
+    if not is_run_folder(config.run_dir):
+        return {}
+    before = _by_key(load_config(config.run_dir / CONFIG_FILE))
+    return {
+        key: (before.get(key), now)
+        for key, now in _by_key(config).items()
+        if key not in ("name", "output_dir") and before.get(key) != now
+    }
+
+
+def _by_key(config: Config) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for name, value in asdict(config).items():
+        is_section = is_dataclass(getattr(config, name))
+        values |= {f"{name}.{key}": x for key, x in value.items()} if is_section else {name: value}
+    return values
 
 
 def _steps_follow_from_data(config: Config) -> bool:

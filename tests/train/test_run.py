@@ -161,6 +161,42 @@ def test_a_refused_run_leaves_the_folder_as_it_was(config, tmp_path: Path, capsy
     assert load_config(config.run_dir / "config.toml") == more
 
 
+def test_a_run_is_continued_with_its_own_seed_and_method(config) -> None:
+    config = replace(config, trainer=replace(config.trainer, num_steps=2))
+    train(config)
+    before = (config.run_dir / "config.toml").read_bytes()
+    more = replace(config, trainer=replace(config.trainer, num_steps=4))
+    with pytest.raises(ConfigError, match=r"^seed: expected 0, with which .*/run .*, got 7$"):
+        train(replace(more, seed=7), resume=True)
+    with pytest.raises(ConfigError, match=r"^method\.name: expected 'prefix_rft', .* got 'rft'$"):
+        train(replace(more, method=replace(more.method, name="rft")), resume=True)
+    assert (config.run_dir / "config.toml").read_bytes() == before
+
+
+def test_what_has_changed_is_told_and_the_base_measured_again(config, capsys) -> None:
+    config = replace(config, trainer=replace(config.trainer, num_steps=2))
+    train(config)
+    changed = replace(
+        config,
+        trainer=replace(config.trainer, num_steps=3),
+        rollout=replace(config.rollout, temperature=0.5),
+    )
+    capsys.readouterr()
+    assert train(changed, resume=True)["base"].keys() >= {"avg@2"}
+    output = capsys.readouterr().out
+    assert (
+        "changed since the run began: rollout.temperature 1.0 -> 0.5, trainer.num_steps 2 -> 3\n"
+    ) in output
+    assert "evaluating the base model" not in output
+    other = replace(
+        changed,
+        trainer=replace(config.trainer, num_steps=4),
+        eval=replace(config.eval, num_samples=3),
+    )
+    summary = train(other, resume=True)
+    assert "avg@3" in summary["base"] and "avg@3" in summary["trained"]
+
+
 @pytest.mark.parametrize(
     ("section", "field", "value", "message"),
     [
