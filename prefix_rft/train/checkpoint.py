@@ -3,13 +3,15 @@
 <run>/checkpoints/step-000050/
     state/          trained weights and optimizers, torch.distributed.checkpoint
     trainer.json    step, parameter shapes, data fingerprint, what the method remembers
-    rng-<rank>.pickle   generator states of python, numpy and torch
+    rng-<rank>.json     generator states of python, numpy and torch
     manifest.json   size and crc32 of every other file, written last
+
+Our own files hold no code, but torch.distributed.checkpoint unpickles state/.metadata and the
+options of the optimizers: load only checkpoints that you trust.
 """
 
 import json
 import os
-import pickle
 import random
 import shutil
 import warnings
@@ -40,7 +42,7 @@ from prefix_rft.model import World
 
 Optimizers = Mapping[str, torch.optim.Optimizer]  # by name
 
-FORMAT = 3  # incremented when the layout changes
+FORMAT = 4  # incremented when the layout changes
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # the rest is the base's
 for _message in (".*torch.distributed is disabled.*", ".*the intent is to .* single process.*"):
     warnings.filterwarnings("ignore", message=_message)  # as intended; the writing thread warns too
@@ -121,7 +123,7 @@ class CheckpointWriter:
         saved = _states(model, optimizers)
 
         def write_states() -> None:
-            (partial / _rng_file(self.world.rank)).write_bytes(pickle.dumps(_rng_states()))
+            (partial / _rng_file(self.world.rank)).write_text(json.dumps(_rng_states()))
 
         self._guard(target, write_states)
         options = {"checkpoint_id": partial / "state", "no_dist": self.world.mesh is None}
@@ -234,7 +236,7 @@ def load_checkpoint(
         set_optimizer_state_dict(model, optimizer, loaded["optimizers"][name], options=_TRAINED)
     generators = path / _rng_file(world.rank)
     if generators.exists():
-        _set_rng_states(pickle.loads(generators.read_bytes()))
+        _set_rng_states(json.loads(generators.read_text()))
     return state
 
 
@@ -296,26 +298,29 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def _rng_file(rank: int) -> str:
-    return f"rng-{rank}.pickle"
+    return f"rng-{rank}.json"
 
 
-def _rng_states() -> dict:
+def _rng_states() -> dict[str, list]:
+    """Generator states as JSON has them."""
+    name, key, *rest = np.random.get_state()
     states = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
+        "numpy": [name, key.tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
     }
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()  # of this rank's device
+        states["cuda"] = torch.cuda.get_rng_state().tolist()  # of this rank's device
     return states
 
 
-def _set_rng_states(states: dict) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
+def _set_rng_states(states: dict[str, list]) -> None:
+    version, internal, gauss_next = states["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
 
 
 def _crc32(file: Path) -> int:
