@@ -177,7 +177,7 @@ def _model_config(config: Config) -> tuple[PreTrainedConfig, str]:
         except OSError:
             return AutoConfig.for_model(**SIZES[path]), f"{path} as shipped with prefix_rft"
     try:
-        return AutoConfig.from_pretrained(path), path
+        return AutoConfig.from_pretrained(path, trust_remote_code=False), path
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(

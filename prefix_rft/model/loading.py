@@ -98,8 +98,8 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> PreTra
         loader = (
             PreTrainedTokenizerFast if tokenizer_class in _GENERIC_TOKENIZERS else AutoTokenizer
         )
-        tokenizer = loader.from_pretrained(path)
-    except OSError as error:
+        tokenizer = loader.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
         raise _not_found(path, "tokenizer", error) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path: the tokenizer of {path} has no end-of-sequence token")
@@ -136,7 +136,9 @@ def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: Wor
     on_host = host_config(config.model, device)
     world.broadcast(lambda: source.append(load_model(on_host, path, seed=config.seed)))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(**_architecture(config.model, path))
+        model = AutoModelForCausalLM.from_config(
+            **_architecture(config.model, path), trust_remote_code=False
+        )
         _prepare(model, config.model, seed=config.seed)
     policy = Policy(model, device=device, **options)
     policy.shard(world.mesh, cpu_offload=offload)
@@ -170,9 +172,12 @@ def load_model(config: ModelConfig, path: str | Path, *, seed: int = 0) -> PreTr
     """
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            path, output_loading_info=True, **_architecture(config, path)
+            path,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **_architecture(config, path),
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_found(path, "model", error) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -188,7 +193,7 @@ def load_model_config(config: ModelConfig, path: str | Path) -> PreTrainedConfig
             apply to the model.
     """
     try:
-        model_config = AutoConfig.from_pretrained(path)
+        model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _not_found(path, "model", error) from error
     _require_causal_lm(model_config, path)
@@ -258,6 +263,11 @@ def _apply_liger(model: PreTrainedModel) -> None:
 
 def _not_found(path: str | Path, what: str, error: Exception) -> ConfigError:
     reason = str(error).strip().splitlines()[0]
+    if "custom code" in reason:
+        return ConfigError(
+            f"model.path: the {what} of {path} is code of its own (auto_map), which is never run: "
+            "choose one that transformers has a class for"
+        )
     return ConfigError(
         f"model.path: expected a folder with a {what}, or a hub id that can be reached, "
         f"got {str(path)!r} ({reason})"

@@ -123,3 +123,9 @@ def test_a_longer_run_is_not_finished_by_the_model_of_the_shorter_one(config, mo
             train(longer, resume=True)
     summary = train(longer, resume=True)
     assert (shorter["model_step"], summary["model_step"]) == (2, 3)
+
+
+def test_a_generation_config_that_cannot_be_loaded_is_told_before_any_work(config) -> None:
+    set_generation_config(config, {"num_return_sequences": 4})
+    with pytest.raises(ConfigError, match="model.path: .*num_return_sequences"):
+        train(config)
