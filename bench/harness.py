@@ -72,7 +72,9 @@ def in_fresh_process(module: str, arguments: list[str]) -> Any:
 def require_triton(name: str) -> None:
     """Ends the program with status 2 where triton, which benchmark `name` is about, is missing."""
     if find_spec("triton") is None:
-        print(f"error: {name} needs triton; pip install 'prefix-rft[test]'", file=sys.stderr)
+        print(
+            f"error: {name} needs triton; run pip install '.[test]' in a checkout", file=sys.stderr
+        )
         sys.exit(2)
 
 

@@ -61,6 +61,7 @@ def check_rows(path: Path) -> None:
             assert float(row["max_err_dlogits"]) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [op for op in OPS if op not in APART])
 def test_smoke(op, tmp_path):
     out = tmp_path / "rows.csv"
@@ -73,6 +74,7 @@ def test_smoke(op, tmp_path):
         assert "2: ((64, RowLaunch(" in done.stdout
 
 
+@pytest.mark.slow
 def test_train_loop_smoke(tmp_path):
     out = tmp_path / "rows.csv"
     options = ("--smoke", "--engines", "transformers", "--ranks", "1", "--out", str(out))
@@ -90,6 +92,7 @@ def without(folder: Path, module: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["token_stats", "policy_loss", "selection", *FROM_HIDDEN])
 def test_on_a_cpu_triton_can_be_missing(op, tmp_path):
     out = tmp_path / "rows.csv"
@@ -106,9 +109,12 @@ def test_benchmarks_of_triton_itself_say_that_it_is_missing(op, tmp_path):
     environment = without(tmp_path, "triton")
     done = run(sys.executable, "-m", f"bench.{op}", "--smoke", "--tests-green", **environment)
     assert done.returncode == 2
-    assert done.stderr == f"error: bench.{op} needs triton; pip install 'prefix-rft[test]'\n"
+    assert (
+        done.stderr == f"error: bench.{op} needs triton; run pip install '.[test]' in a checkout\n"
+    )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["trl_patch", "trl_grpo"])
 def test_examples_say_what_they_need(name, tmp_path):
     environment = without(tmp_path, "trl")
@@ -117,6 +123,7 @@ def test_examples_say_what_they_need(name, tmp_path):
     assert "trl cannot be imported" in done.stderr and "pip install trl==" in done.stderr
 
 
+@pytest.mark.slow
 def test_gpu_check_smoke(tmp_path):
     """The script of the GPU runs its parts on a CPU: benchmarks, tests, pictures."""
     options = {"OUT": str(tmp_path), "PYTHON": sys.executable, "WHEELS": ""}
@@ -130,6 +137,7 @@ def test_gpu_check_smoke(tmp_path):
         assert (tmp_path / f"{op}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_gpu_check_smoke_from_hidden_states(tmp_path):
     """Its second call; every rival at hand runs, and is as exact as 16 bits allow."""
     options = {"OUT": str(tmp_path), "PYTHON": sys.executable, "WHEELS": "", "PARTS": "hidden"}
@@ -160,6 +168,7 @@ def test_gpu_check_smoke_from_hidden_states(tmp_path):
     assert "| tiny | all weights | 8 → 8 |" in (tmp_path / "memory_table.md").read_text()
 
 
+@pytest.mark.slow
 def test_gpu_check_goes_on_after_a_failing_part(tmp_path):
     """Wheels that do not exist fail their part and the script, and nothing else."""
     missing = str(tmp_path / "none")
@@ -171,6 +180,7 @@ def test_gpu_check_goes_on_after_a_failing_part(tmp_path):
     assert "some parts FAILED" in done.stdout
 
 
+@pytest.mark.slow
 def test_nothing_is_timed_while_tests_are_red(tmp_path):
     code = (
         "from bench.device import require_green; require_green(['tests/no_such_test.py']);"
@@ -189,6 +199,7 @@ def test_fails(): assert False
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kept, status, printed",
     [
@@ -204,6 +215,7 @@ def test_green_is_some_that_ran(kept, status, printed, tmp_path):
     assert (done.returncode, printed in done.stdout) == (status, True), done.stdout
 
 
+@pytest.mark.slow
 def test_the_exact_loss_of_liger_is_its_own():
     """Liger's kernels are held to the loss they define, which has advantages of sequences."""
     pytest.importorskip("liger_kernel")
@@ -246,6 +258,7 @@ def test_compilations_stop_where_their_time_is_over(monkeypatch, capsys):
     assert bench.skipped == ["torch.compile, T=9: RuntimeError: no compiler"]
 
 
+@pytest.mark.slow
 def test_pictures_of_the_committed_figures(tmp_path):
     """Time and memory where both were measured; a CSV without times is left out."""
     for path in (ROOT / "bench/results/cpu").glob("*.csv"):

@@ -14,6 +14,6 @@ hypothesis.settings.load_profile("kernels")
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Rows of a few dozen classes take several tiles of Triton's kernels."""
-    from triton_cases import SMALL, triton_backend
+    from tests.kernels.triton_cases import SMALL, triton_backend
 
     monkeypatch.setattr(triton_backend, "row_launch", lambda logits: SMALL)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 TARGET = ("cuda", 90, 32)
 POINTERS = {"bool": "i1", "uint8": "u8", "int32": "i32", "int64": "i64"} | {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"
@@ -44,9 +44,9 @@ def compile_instead() -> None:
 def compiled(code: str) -> list[str]:
     """Names of the kernels that `code` launches, each compiled; in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    program = f"import launches; launches.compile_instead()\n{code}"
+    program = f"from tests.kernels import launches; launches.compile_instead()\n{code}"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=HERE,
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
         env=environment | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from kernel_cases import from_logits, gradients, loss_inputs, seeded
 from rft_kernels import (
     PolicyConfig,
     linear_prefix_rft_loss,
@@ -15,6 +14,8 @@ from rft_kernels import (
 from rft_kernels.linear import ops
 from rft_kernels.rows import torch_backend
 from torch.profiler import ProfilerActivity, profile
+
+from tests.kernels.kernel_cases import from_logits, gradients, loss_inputs, seeded
 
 CONFIG = PolicyConfig(entropy_coef=0.05, dual_clip=1.2)
 WIDTH = 16
@@ -135,6 +136,7 @@ COMPILED = {
 LOW_RANK = tuple(torch.rand(n, 2, generator=seeded(2), dtype=torch.float64) for n in (24, 33))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", COMPILED.values(), ids=COMPILED)
 @pytest.mark.parametrize("op", [linear_prefix_rft_loss, prefix_rft_loss], ids=["linear", "logits"])
 def test_losses_compile_into_one_graph(op, extra):

@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from kernel_cases import from_logits, loss_inputs
 from rft_kernels import (
     PolicyConfig,
     linear_prefix_rft_loss,
@@ -14,6 +13,8 @@ from rft_kernels import (
     select_top_entropy,
     token_stats,
 )
+
+from tests.kernels.kernel_cases import from_logits, loss_inputs
 
 T, V, D = 4, 5, 3
 LOGITS, TARGETS = torch.randn(T, V), torch.zeros(T, dtype=torch.long)

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_cases import assert_as_exact, gradients, loss_inputs, seeded
 from rft_kernels import (
     PolicyConfig,
     linear_prefix_rft_loss,
@@ -13,7 +12,9 @@ from rft_kernels import (
 )
 from rft_kernels.linear import gemm, ops, passes, tiles
 from rft_kernels.objective import FunctionLoss, Tokens
-from test_behaviour import SLACK_BYTES, compiled, peak_bytes
+
+from tests.kernels.kernel_cases import assert_as_exact, gradients, loss_inputs, seeded
+from tests.kernels.test_behaviour import SLACK_BYTES, compiled, peak_bytes
 
 CONFIG = PolicyConfig(entropy_coef=0.05, dual_clip=1.2)
 PASSES = pytest.mark.parametrize("selecting", [False, True], ids=["one pass", "two passes"])

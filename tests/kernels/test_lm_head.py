@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from kernel_cases import seeded
 from rft_kernels import (
     LMHead,
     PolicyConfig,
@@ -18,7 +17,6 @@ from rft_kernels import (
     patch_lm_head,
     reference,
 )
-from test_token_loss import luffy
 from torch import nn
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -26,6 +24,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.kernels.kernel_cases import seeded
+from tests.kernels.test_token_loss import luffy
 
 VOCAB = 50  # of the tokenizer; the models have 56 columns
 CONFIG = PolicyConfig(entropy_coef=0.05, dual_clip=1.2)
@@ -316,6 +317,7 @@ def sharded_gradients(rank: int, store: str, num_ranks: int, tied: bool, results
     os._exit(0)  # a torn down interpreter can abort on a thread of the process group
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_sharded_by_fsdp(num_ranks, tied, tmp_path):

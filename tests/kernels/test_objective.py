@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
-from kernel_cases import seeded
 from rft_kernels import PolicyConfig, policy_objective, reference
 from rft_kernels.objective.policy_config import LOG_RATIO_BOUND
+
+from tests.kernels.kernel_cases import seeded
 
 LEVELS = ("token", "sequence")
 TERMS = {

@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_cases import assert_as_exact, loss_inputs
-from launches import compiled
 from rft_kernels import PolicyConfig, linear_prefix_rft_loss, reference
 from rft_kernels import policy_objective as objective_by_any_backend
-from test_objective import LEVELS, TERMS, slopes, tokens
+
+from tests.kernels.kernel_cases import assert_as_exact, loss_inputs
+from tests.kernels.launches import compiled
+from tests.kernels.test_objective import LEVELS, TERMS, slopes, tokens
 
 pytest.importorskip("triton", reason="triton is not installed")
 from rft_kernels.objective import triton_backend  # noqa: E402
@@ -244,5 +245,6 @@ for cu_seqlens in (None, bounds):
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_hopper():
     assert compiled(LAUNCHES) == ["_objective_kernel", "_sum_kernel"] * 8

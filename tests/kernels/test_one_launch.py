@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from kernel_cases import CASES, assert_as_exact, logits_case, seeded
-from launches import compiled
 from rft_kernels import PolicyConfig, reference
 from rft_kernels.results import PolicyLoss
-from test_objective import TERMS
+
+from tests.kernels.kernel_cases import CASES, assert_as_exact, logits_case, seeded
+from tests.kernels.launches import compiled
+from tests.kernels.test_objective import TERMS
 
 pytest.importorskip("triton", reason="triton is not installed")
 from rft_kernels.objective.policy_config import SUMS  # noqa: E402
@@ -201,5 +202,6 @@ for dtype, lanes in ((torch.bfloat16, 1024), (torch.float32, 512)):
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_hopper():
     assert compiled(LAUNCHES) == ["_one_launch_kernel", "_sum_kernel"] * 4

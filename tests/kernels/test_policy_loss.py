@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import assert_as_exact, from_logits, gradients, loss_inputs, seeded
 from rft_kernels import (
     PolicyConfig,
     linear_prefix_rft_loss,
@@ -12,6 +11,8 @@ from rft_kernels import (
     prefix_rft_loss,
     reference,
 )
+
+from tests.kernels.kernel_cases import assert_as_exact, from_logits, gradients, loss_inputs, seeded
 
 SOME_TERMS = {"dual_clip": 1.2, "entropy_coef": 0.05, "kl": "k3", "kl_coef": 0.1}
 CONFIGS = {

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from kernel_cases import assert_as_exact, from_logits, gradients, loss_inputs, seeded
 from rft_kernels import (
     PolicyConfig,
     linear_prefix_rft_loss,
@@ -11,7 +10,9 @@ from rft_kernels import (
     reference,
 )
 from torch import Tensor
-from triton_cases import DEVICE, DTYPES, scalars_for, triton_backend
+
+from tests.kernels.kernel_cases import assert_as_exact, from_logits, gradients, loss_inputs, seeded
+from tests.kernels.triton_cases import DEVICE, DTYPES, scalars_for, triton_backend
 
 pytestmark = [  # numpy's, in the interpreter
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
@@ -92,6 +93,7 @@ def compiled(function):
     return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inplace", [False, True])
 def test_compiles_into_one_graph(inplace, small_tiles):
     inputs = inputs_on_device()

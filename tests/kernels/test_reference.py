@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from kernel_cases import from_logits, loss_inputs
 from rft_kernels import PolicyConfig, reference
+
+from tests.kernels.kernel_cases import from_logits, loss_inputs
 
 
 def test_token_stats_is_cross_entropy_and_categorical_entropy():

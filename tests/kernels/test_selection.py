@@ -10,8 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import seeded
 from rft_kernels import _dispatch, reference, select_top_entropy
+
+from tests.kernels.kernel_cases import seeded
 
 FRACTIONS = st.fractions(0, 1, max_denominator=1000) | st.sampled_from([0.2, 0.1, 0.29, 1.0, 0])
 LEVELS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0, torch.nan, torch.inf])  # few values: many ties
@@ -132,6 +133,7 @@ def select_on_ranks(rank: int, store: str, sizes: list[int], cases, results):
     os._exit(0)  # a torn down interpreter can abort on a thread of the process group
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[13, 29], [0, 42], [42, 0]], ids=str)
 def test_two_ranks_are_one_pool(sizes, tmp_path):
     levels = torch.randint(-2, 6, (42,), generator=seeded(1)) / 3

@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import seeded
-from launches import compiled
 from rft_kernels import reference
 from rft_kernels import select_top_entropy as select_by_any_backend
 from rft_kernels.selection import torch_backend
+
+from tests.kernels.kernel_cases import seeded
+from tests.kernels.launches import compiled
 
 pytest.importorskip("triton", reason="triton is not installed")
 from rft_kernels.selection import triton_backend  # noqa: E402
@@ -71,6 +72,7 @@ def test_sequences_equal_the_sorts(sequences, fraction, order):
     assert torch.equal(kept, sorted_select(entropy, candidates, fraction, bounds, order))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("tied", [0.0, 0.3, 1.0])
 def test_many_programs_with_ties(order, tied):
@@ -164,6 +166,7 @@ for order in ("high", "random"):
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_hopper():
     names = compiled(LAUNCHES)
     assert names.count("_histogram_kernel") == 4 * names.count("_keep_kernel") == 16

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import gradients, loss_inputs, seeded
 from rft_kernels import LMHead, PolicyConfig, linear_token_loss, reference, token_loss
 from rft_kernels import linear_prefix_rft_loss as policy
 from rft_kernels.linear import gemm, tiles
-from test_behaviour import SLACK_BYTES, backward, peak_bytes
+
+from tests.kernels.kernel_cases import gradients, loss_inputs, seeded
+from tests.kernels.test_behaviour import SLACK_BYTES, backward, peak_bytes
 
 
 def sft(log_probs, entropy):

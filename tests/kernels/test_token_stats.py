@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import CASES, assert_as_exact, logits_case, seeded
 from rft_kernels import reference, token_stats
 from rft_kernels.rows import torch_backend
 from rft_kernels.rows.op import matrices
+
+from tests.kernels.kernel_cases import CASES, assert_as_exact, logits_case, seeded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

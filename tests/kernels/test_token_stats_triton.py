@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_cases import CASES, assert_as_exact, seeded
 from rft_kernels import _dispatch, reference, token_stats
 from rft_kernels.rows import launch as launches
 from rft_kernels.rows import torch_backend
 from torch import Tensor
-from triton_cases import (
+
+from tests.kernels.kernel_cases import CASES, assert_as_exact, seeded
+from tests.kernels.triton_cases import (
     CUDA,
     DEVICE,
     DTYPES,

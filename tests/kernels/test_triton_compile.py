@@ -8,6 +8,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.slow
 
 # In a process of its own: this one may interpret its kernels, and those cannot be compiled.
 SCRIPT = """

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from kernel_cases import loss_inputs, seeded
 from rft_kernels import (
     LMHead,
     PolicyConfig,
@@ -16,12 +15,15 @@ from rft_kernels import (
     linear_token_stats,
     reference,
 )
-from test_token_loss import FUNCTIONS, luffy, options_of
-from test_token_loss import case as function_case
-from test_token_loss import positional as leading
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from tests.kernels.kernel_cases import loss_inputs, seeded
+from tests.kernels.test_token_loss import FUNCTIONS, luffy, options_of
+from tests.kernels.test_token_loss import case as function_case
+from tests.kernels.test_token_loss import positional as leading
+
+pytestmark = pytest.mark.slow
 SIZES = {"uneven": [20, 13], "one has nothing": [33, 0], "other has nothing": [0, 33]}
 SHARDED = ("lm_head_weight", "bias")
 CONFIG = PolicyConfig(entropy_coef=0.05, dual_clip=1.2)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import logits_case as logits_on_cpu
-from kernel_cases import seeded
 from rft_kernels.rows import launch
 from torch import Tensor
+
+from tests.kernels.kernel_cases import logits_case as logits_on_cpu
+from tests.kernels.kernel_cases import seeded
 
 pytest.importorskip("triton", reason="triton is not installed")
 from rft_kernels.rows import triton_backend  # noqa: E402, F401

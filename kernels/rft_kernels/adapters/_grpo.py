@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """Losses of the GRPO family as Liger 0.8.5 defines them, from log-probabilities: O(B L) of torch.
 
 B sequences, L completion tokens.

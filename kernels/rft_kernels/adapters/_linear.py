@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """`linear_token_stats` as the trainers call their heads: under autocast, with mixed dtypes."""
 
 import torch

@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """Liger's GRPO losses, with the signatures of Liger 0.8.5: from logits and from hidden states.
 
 B sequences, L completion tokens, V classes, D hidden size. Liger's losses are functions of the

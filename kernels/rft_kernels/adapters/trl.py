@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """TRL's log-prob and entropy functions, with the signatures of TRL 1.16, from logits and hidden.
 
 The trainers of 1.16 project their heads in `ChunkedLogProbFunction`; what takes logits serves

@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """verl's log-prob and entropy functions, with the signatures of verl 0.9.1: from logits and hidden.
 
 Results are float32 whatever the logits (float64 for float64).

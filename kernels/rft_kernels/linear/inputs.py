@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """The arguments that the ops from hidden states share: checked and flattened."""
 
 from typing import Any

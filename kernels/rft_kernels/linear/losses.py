@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """Hidden states to statistics or loss: the logits exist a tile of rows at a time (E9, E10).
 
 T rows, V classes, D hidden size, a the share of rows with a gradient. GEMM work, in units of 2 T V

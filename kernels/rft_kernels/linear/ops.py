@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """The passes over hidden states as ops of torch, with their backward (E9, E10)."""
 
 from collections.abc import Sequence

@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """What is done with the tiles of a head: statistics, gradients, or both from one projection."""
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """A projection to logits, a tile of rows at a time (E9).
 
 T rows, V classes, D hidden size, R that of a low-rank term. One buffer of `[tile_rows, V]` serves

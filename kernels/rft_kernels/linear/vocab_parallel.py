@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """A head whose classes are sharded over ranks; hidden states and tokens are on all of them (E11).
 
 T rows. Across ranks go four numbers a row with statistics, one gathering of the shards' sizes where

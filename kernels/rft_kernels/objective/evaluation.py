@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """The loss of a token and its derivatives, by the backend that serves the call (E4 to E8)."""
 
 import torch

@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """A loss of the caller's: any function of a row's log-probability and entropy, by autograd.
 
 T tokens, n rows of a tile. The function sees [n] vectors, and so does autograd.

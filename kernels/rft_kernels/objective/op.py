@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """From log-probabilities to the policy loss and its metrics. O(T)."""
 
 from torch import Tensor

@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """What the loss of a token is: the choices of E4 to E7."""
 
 from collections.abc import Sequence

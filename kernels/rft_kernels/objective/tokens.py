@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """What a token brings to its loss beside log_prob and entropy: checked, flattened, cut by rows."""
 
 from typing import NamedTuple

@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """Specification of the ops from hidden states: all logits first, then the ops from logits (E9)."""
 
 from typing import Any

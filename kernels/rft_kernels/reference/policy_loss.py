@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """Specification of `prefix_rft_loss`: the composition of the other specifications."""
 
 from fractions import Fraction

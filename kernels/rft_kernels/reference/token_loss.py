@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """Specification of `token_loss` and `linear_token_loss`: the function of all rows, and autograd."""
 
 from collections.abc import Callable

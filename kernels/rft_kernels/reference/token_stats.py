@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """Specification of `token_stats` (E1)."""
 
 import torch

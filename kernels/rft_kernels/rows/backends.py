@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """The two vocabulary-sized primitives, by name of the backend.
 
 A backend is a module with two functions and a constant, and that is all it is asked for:

@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """Log-probability of the target and entropy of every row of logits, and their gradient (E1, E2).
 
 T rows, V classes. Reads T V elements forward; backward reads and writes the rows whose incoming

@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """Chunked torch: the two vocabulary-sized primitives, a few rows at a time (E1, E2).
 
 T rows, V classes. A block of rows is widened to the dtype of the statistics, so at most

@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """Triton: the two vocabulary-sized primitives, one program a row (E1, E2).
 
 T rows, V classes. `row_stats` reads each valid row once: T V elements. `row_grad` reads the rows

@@ -1,4 +1,3 @@
-# ruff: noqa: TID252
 """Which prefix tokens are learnt from: the top fraction of the candidates by entropy (E3).
 
 T tokens, B sequences. In torch three stable sorts, O(T log T); on a CUDA device, and over ranks

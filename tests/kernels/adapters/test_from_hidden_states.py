@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import verl_stand_in
 from rft_kernels import adapters, linear_token_stats
 from rft_kernels.adapters import liger, trl, verl
-from test_from_logits import seeded
 from torch.distributed.tensor import Shard, distribute_tensor
+
+from tests.kernels.adapters import verl_stand_in
+from tests.kernels.adapters.test_from_logits import seeded
 
 ROOT = Path(__file__).resolve().parents[3]
 B, L, V, D = 3, 7, 41, 16
@@ -353,6 +354,7 @@ def sharded(rank: int, store: str, results) -> None:
     os._exit(0)  # a torn down interpreter can abort on a thread of the process group
 
 
+@pytest.mark.slow
 def test_verl_linear_cross_entropy_over_ranks(tmp_path):
     """Gradients by hidden add up over ranks, those by the weight are each rank's own."""
     with mp.Manager() as manager:
@@ -421,6 +423,7 @@ def test_verl_patch(verl_modules):
     assert own == {module: getattr(verl_modules[module], name) for module, name in names.items()}
 
 
+@pytest.mark.slow
 def test_verl_example():
     """verl's own actor forward, where it is installed; else how to install it."""
     path = os.pathsep.join([str(ROOT / "kernels"), *filter(None, sys.path)])

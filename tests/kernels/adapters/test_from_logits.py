@@ -10,9 +10,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-import verl_stand_in
 from rft_kernels import token_stats
 from rft_kernels.adapters import _patch, liger, trl, verl
+
+from tests.kernels.adapters import verl_stand_in
 
 ROOT = Path(__file__).resolve().parents[3]
 B, L, V = 3, 7, 41
@@ -268,11 +269,11 @@ def liger_own_outcomes() -> list[list]:
     pytest.importorskip("liger_kernel", reason="Liger is not installed")
     code = (
         "import json, sys, torch; torch.set_num_threads(1);"
-        "from test_from_logits import liger_outcomes;"
+        "from tests.kernels.adapters.test_from_logits import liger_outcomes;"
         "from liger_kernel.transformers.grpo_loss import triton_grpo_loss;"
         "print(json.dumps(liger_outcomes(triton_grpo_loss)))"
     )
-    path = os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
@@ -284,6 +285,7 @@ def liger_own_outcomes() -> list[list]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_liger_grpo_loss(liger_own_outcomes):
     """Values and gradients of every loss type, level and weight, masked and not."""
     found = liger_outcomes(liger.triton_grpo_loss)
@@ -399,6 +401,7 @@ def test_verl_patch(verl_functional, monkeypatch):
     assert user.logprobs_from_logits is verl_functional.logprobs_from_logits is own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["trl_patch", "alone"])
 def test_examples_run(name):
     if name == "trl_patch":

@@ -59,6 +59,7 @@ def test_same_losses_and_weights(example, name, monkeypatch):
         assert (ours.weights[key] - weights).abs().max() < 1e-4 * moved + 1e-7, key
 
 
+@pytest.mark.slow
 def test_example_runs_with_less_memory():
     """Its smallest form: 900 rows of 32,000 classes, of which ours holds 256 at a time."""
     pytest.importorskip("trl", reason="TRL is not installed")
