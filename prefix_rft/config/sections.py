@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from prefix_rft.checks import Fraction, config_section, require
 from prefix_rft.methods import DEFAULT_METHOD
 
+NonEmpty = Annotated[str, Field(min_length=1, description="a text")]
 AtLeastTwo = Annotated[int, Field(ge=2)]
 Beta = Annotated[float, Field(ge=0, lt=1, description="a number in [0, 1)")]
 Steps = Annotated[int, Field(ge=1, le=26, description="a whole number in [1, 26]")]
@@ -156,6 +157,11 @@ class RolloutConfig:
     group_size: AtLeastTwo = 8  # rollouts per prompt, hybrids included
     temperature: PositiveFloat = 1.0  # for sampling, log-probs and entropies
     max_response_length: AtLeastTwo = 8192  # tokens of a response at most, prefix included
+    # end a response, besides the end-of-turn token of the chat template and the model's own
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    # texts that end a response as well, with the token that completes one; with vLLM each response
+    # is generated to its own end before it is cut
+    stop: tuple[NonEmpty, ...] = ()
     max_batch_sequences: PositiveInt = 256  # sequences generated at once
     # the run stops above this mean |engine - trainer|, in nats per token; None: it never does
     max_log_prob_gap: PositiveFloat | None = 0.1

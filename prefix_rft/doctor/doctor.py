@@ -8,12 +8,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import GenerationConfig
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import EXTRAS, Config, install_hint, is_installed
+from prefix_rft.config import EXTRAS, Config, install_hint, is_installed, model_at
 from prefix_rft.doctor.memory import UNCOUNTED_FRACTION, memory_terms, peak_bytes, shortfalls
 from prefix_rft.doctor.shapes import Place, shapes_of
-from prefix_rft.model import resolve_autocast_dtype, resolve_device, resolve_weight_dtypes
+from prefix_rft.model import (
+    load_tokenizer,
+    resolve_autocast_dtype,
+    resolve_device,
+    resolve_weight_dtypes,
+    stop_token_ids,
+)
 
 MODULES = ("torch", "triton", "transformers", "datasets", "math_verify")
 # What each optional module is for.
@@ -137,9 +144,31 @@ def choice_rows(config: Config, device: torch.device) -> list[tuple[str, str, st
     needs_vllm = engine.startswith("vllm")
     why = _why_needed("rollout.engine", "vllm") if needs_vllm else "rollout.engine"
     rows.append(("rollouts", engine, why))
+    rows.append(("ends of a response", *_ends_of_response(config)))
     if (rank := config.model.lora_rank) is not None:
         rows.append(("adapters", f"rank {rank}", _why_needed("model.lora_rank", "peft")))
     return rows
+
+
+def _ends_of_response(config: Config) -> tuple[str, str]:
+    """The tokens and texts that end one, and what names them; never asks the hub."""
+    if config.model.path is None:
+        return "the end token", "section [base]"
+    path = model_at(config.model.path)
+    try:
+        tokenizer = load_tokenizer(path, config.model.chat_template, local_files_only=True)
+    except ConfigError:
+        return "unknown", f"the tokenizer of {path} is not on this machine"
+    try:
+        generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    except OSError:
+        generation_config = None  # it need not have one
+    ids = stop_token_ids(tokenizer, generation_config, config.rollout.stop_token_ids)
+    ends = [
+        f"{token} ({i})" for i, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)
+    ]
+    why = "chat template, tokenizer, generation config, rollout.stop_token_ids, rollout.stop"
+    return ", ".join([*ends, *map(repr, config.rollout.stop)]), why
 
 
 def _compute_dtype(config: Config, device: torch.device) -> str:

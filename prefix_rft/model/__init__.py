@@ -2,7 +2,6 @@
 
 from prefix_rft.model.distributed import World, attempt, full_tensor
 from prefix_rft.model.loading import (
-    eos_token_ids,
     export,
     host_config,
     load_model,
@@ -15,13 +14,14 @@ from prefix_rft.model.loading import (
     try_export,
 )
 from prefix_rft.model.policy import Policy
+from prefix_rft.model.vocabulary import end_of_response_id, stop_token_ids, vocabulary_size
 from prefix_rft.model.weights import full_weights, weight_shapes
 
 __all__ = [
     "Policy",
     "World",
     "attempt",
-    "eos_token_ids",
+    "end_of_response_id",
     "export",
     "full_tensor",
     "full_weights",
@@ -33,6 +33,8 @@ __all__ = [
     "resolve_autocast_dtype",
     "resolve_device",
     "resolve_weight_dtypes",
+    "stop_token_ids",
     "try_export",
+    "vocabulary_size",
     "weight_shapes",
 ]

@@ -84,21 +84,25 @@ def host_config(config: ModelConfig, device: torch.device | None = None) -> Mode
     return replace(config, device="cpu", attention="auto", liger=False)
 
 
-def load_tokenizer(path: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str | Path, chat_template: str | None = None, *, local_files_only: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`, a Hugging Face folder or hub id.
 
     Args:
         chat_template: Jinja text, or the path of a file with it; replaces the tokenizer's own.
+        local_files_only: do not ask the hub.
     Raises:
         ConfigError: nothing at `path`, no end-of-sequence token, or `chat_template` is neither.
     """
     try:
-        tokenizer_class = get_tokenizer_config(path).get("tokenizer_class")
+        options = {"local_files_only": local_files_only}
+        tokenizer_class = get_tokenizer_config(path, **options).get("tokenizer_class")
         # For some model types AutoTokenizer replaces the folder's pipeline by that of the family.
         loader = (
             PreTrainedTokenizerFast if tokenizer_class in _GENERIC_TOKENIZERS else AutoTokenizer
         )
-        tokenizer = loader.from_pretrained(path, trust_remote_code=False)
+        tokenizer = loader.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise _not_found(path, "tokenizer", error) from error
     if tokenizer.eos_token_id is None:
@@ -302,14 +306,6 @@ def _override(text_config: PreTrainedConfig, config: ModelConfig) -> None:
     for name, value in vars(text_config).items():
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(text_config, name, 0.0)  # log-probs of two forwards must agree
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """All ids that end a completion: the tokenizer's and those of the generation config."""
-    ids = {tokenizer.eos_token_id}
-    found = model.generation_config.eos_token_id if model.generation_config else None
-    ids.update(found if isinstance(found, list) else [] if found is None else [found])
-    return tuple(sorted(ids))
 
 
 def try_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:

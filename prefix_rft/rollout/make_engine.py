@@ -4,10 +4,12 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from prefix_rft.checks import require
 from prefix_rft.config import Config
-from prefix_rft.model import Policy, eos_token_ids, resolve_autocast_dtype
+from prefix_rft.model import Policy, resolve_autocast_dtype, stop_token_ids, vocabulary_size
 from prefix_rft.rollout.engine import RolloutEngine
 from prefix_rft.rollout.server_token import read_token
+from prefix_rft.rollout.stop_text import StopText
 from prefix_rft.rollout.vllm_options import import_vllm
 
 
@@ -19,15 +21,21 @@ def make_engine(
     Raises:
         ConfigError: the engine is not installed, or cannot run the model with these settings.
     """
-    model = policy.model
+    model, rollout = policy.model, config.rollout
+    vocab_size = vocabulary_size(tokenizer)
+    for token_id in rollout.stop_token_ids:
+        require(
+            token_id < vocab_size, "rollout.stop_token_ids", f"ids below {vocab_size}", token_id
+        )
     shared = {
-        "vocab_size": len(tokenizer),
-        "eos_token_ids": eos_token_ids(model, tokenizer),
-        "max_batch_sequences": config.rollout.max_batch_sequences,
+        "vocab_size": vocab_size,
+        "eos_token_ids": stop_token_ids(tokenizer, model.generation_config, rollout.stop_token_ids),
+        "stop_text": StopText(tokenizer, rollout.stop) if rollout.stop else None,
+        "max_batch_sequences": rollout.max_batch_sequences,
     }
-    if config.rollout.engine != "transformers":
+    if rollout.engine != "transformers":
         import_vllm()  # also brings the HTTP client of the server engine
-        if config.rollout.engine == "vllm":
+        if rollout.engine == "vllm":
             from prefix_rft.rollout.vllm_engine import VLLMEngine as Engine
         else:
             from prefix_rft.rollout.vllm_server import VLLMServerEngine

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from prefix_rft.data_types import Completion, RolloutRequest
 from prefix_rft.rollout.engine import OnDone, check_call
+from prefix_rft.rollout.stop_text import StopText
 
 _NOT_FORCED = -1  # in place of a token id
 _COMPACT_BELOW = 0.75  # finished rows leave the cache when a smaller fraction is still live
@@ -24,9 +25,10 @@ class TransformersEngine:
         model: a causal language model of transformers; its weights are version 0.
         eos_token_ids: each of them ends a completion.
         pad_token_id: only fed at masked positions; may be an end-of-sequence token.
-        vocab_size: tokens of the tokenizer; columns past it are never sampled and take no part in
-            the softmax.
+        vocab_size: the largest id of the tokenizer + 1; columns past it are never sampled and take
+            no part in the softmax.
         max_batch_sequences: sequences generated at once.
+        stop_text: ends a completion too.
         autocast_dtype: of the forward, as in training; None: the dtype of the weights.
     Raises:
         ValueError: no end-of-sequence token, `max_batch_sequences` below 1, or `vocab_size`
@@ -44,6 +46,7 @@ class TransformersEngine:
         pad_token_id: int,
         vocab_size: int,
         max_batch_sequences: int,
+        stop_text: StopText | None = None,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         num_columns = model.get_output_embeddings().weight.shape[0]
@@ -59,6 +62,7 @@ class TransformersEngine:
         self._pad_token_id = pad_token_id
         self._vocab_size = vocab_size
         self._max_batch_sequences = max_batch_sequences
+        self._stop_text = stop_text
         self._autocast_dtype = autocast_dtype
 
     def update_weights(self, model: PreTrainedModel, version: int) -> None:
@@ -144,13 +148,22 @@ class TransformersEngine:
             has_stopped[rows] |= stops
             batch.append(sampled)
             if (step + 1) % check_every == 0:
+                if self._stop_text is not None:
+                    ended = [
+                        row
+                        for row in rows.tolist()
+                        if self._stop_text.is_in_last(
+                            check_every, tokens[row, batch.starts[row] : step + 1].tolist()
+                        )
+                    ]
+                    ends[ended] = ends[ended].clamp(max=step + 1)
                 is_alive = ends[rows] > step + 1
                 num_alive = int(is_alive.sum())
                 if num_alive == 0:
                     break
                 if num_alive < _COMPACT_BELOW * len(rows):
                     batch.select(is_alive.nonzero()[:, 0])
-        return [
+        completions = [
             Completion(
                 token_ids=tuple(ids[start:end]),
                 log_probs=tuple(values[start:end]),
@@ -165,6 +178,9 @@ class TransformersEngine:
                 strict=True,
             )
         ]
+        if self._stop_text is None:
+            return completions
+        return [self._stop_text.cut(completion) for completion in completions]
 
 
 class _Batch:

@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_rft.config import VLLMConfig
-from prefix_rft.data_types import RolloutRequest
+from prefix_rft.data_types import Completion, RolloutRequest
 from prefix_rft.rollout.engine import check_call
+from prefix_rft.rollout.stop_text import StopText
 from prefix_rft.rollout.vllm_options import (
     sequence_limit,
     stop_token_ids,
@@ -29,8 +30,9 @@ class VLLMBase:
         device: where the trainer computes; vLLM must use the same kind.
         max_length: longest sequence in tokens; the model's own limit applies as well.
         eos_token_ids: each of them ends a completion.
-        vocab_size: tokens of the tokenizer. The engine's model is cut there, so ids past it are
-            never sampled and take no part in the softmax.
+        stop_text: ends a completion too. vLLM generates on; what follows it is cut off.
+        vocab_size: the largest id of the tokenizer + 1. The engine's model is cut there, so ids
+            past it are never sampled and take no part in the softmax.
         max_batch_sequences: sequences this process has generated at once.
         autocast_dtype: of the engine's weights and forward; None: the dtype of the model's weights.
     Raises:
@@ -50,10 +52,12 @@ class VLLMBase:
         eos_token_ids: Sequence[int],
         vocab_size: int,
         max_batch_sequences: int,
+        stop_text: StopText | None = None,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         self.weights_version: int | None = None
         self._stop_token_ids = stop_token_ids(eos_token_ids, vocab_size)
+        self._stop_text = stop_text
         self._max_length = sequence_limit(model.config, max_length)
         self._max_batch_sequences = max_batch_sequences
         self._bucket_bytes = config.weight_bucket_mib * _MIB
@@ -69,6 +73,9 @@ class VLLMBase:
     ) -> None:
         """Start vLLM, or connect to it. Collective."""
         raise NotImplementedError
+
+    def _cut(self, completion: Completion) -> Completion:
+        return completion if self._stop_text is None else self._stop_text.cut(completion)
 
     def _check(
         self, requests: Sequence[RolloutRequest], temperature: float, weights_version: int

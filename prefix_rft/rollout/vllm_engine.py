@@ -182,7 +182,7 @@ class VLLMEngine(VLLMBase):
         while self._llm.llm_engine.has_unfinished_requests():
             for output in self._llm.llm_engine.step():
                 if output.finished:
-                    yield int(output.request_id) - first, _completion(output.outputs[0])
+                    yield int(output.request_id) - first, self._cut(_completion(output.outputs[0]))
 
     def _with_peers(self, own: list[_Job]) -> tuple[list[_Job], int]:
         """The jobs of all ranks that share the weights, by rank, and the index of our first."""

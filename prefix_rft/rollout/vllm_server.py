@@ -196,11 +196,12 @@ class VLLMServerEngine(VLLMBase):
             )
         if choice["finish_reason"] not in ("stop", "length"):
             raise EngineError(f"vLLM ended a completion with {choice['finish_reason']!r}")
-        return Completion(
+        completion = Completion(
             token_ids=tuple(choice["token_ids"]),
             log_probs=tuple(token["logprob"] for token in choice["logprobs"]["content"]),
             finish_reason=choice["finish_reason"],
         )
+        return self._cut(completion)
 
     def _label(self, version: int | None) -> str:
         return f"{self._run}/{version}"

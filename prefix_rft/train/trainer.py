@@ -39,7 +39,7 @@ from prefix_rft.metrics import (
     measure_updates,
     throughput,
 )
-from prefix_rft.model import Policy, World, full_tensor
+from prefix_rft.model import Policy, World, end_of_response_id, full_tensor
 from prefix_rft.reward import Rewarder, Scoring
 from prefix_rft.rollout import RolloutEngine, serving
 from prefix_rft.train.checkpoint import CheckpointWriter, TrainerState, load_checkpoint
@@ -340,7 +340,7 @@ def make_method(config: Config, tokenizer: PreTrainedTokenizerBase) -> Method:
         prompts_per_update=config.trainer.prompts_per_update,
         group_size=config.rollout.group_size,
         max_response_length=config.rollout.max_response_length,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_of_response_id(tokenizer),
         loss=config.loss,
     )
     return method(config.section(method), setting)

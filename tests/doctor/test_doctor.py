@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from prefix_rft import cli
 from prefix_rft.checks import ConfigError
@@ -43,6 +43,22 @@ def test_doctor_prints_versions_choices_and_with_a_configuration_memory(
     assert "Memory of mine, planned for cpu and float32, one" in output
     assert "5 layers x 16,384 tokens" in output
     assert re.search(r"sum +│ update +│ [\d.]+ [GM]iB", output) and "counts: fits." in output
+
+
+def test_doctor_shows_what_ends_a_response(tmp_path, tiny_tokenizer, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    tiny_tokenizer.save_pretrained(tmp_path)
+    GenerationConfig(eos_token_id=[0]).save_pretrained(tmp_path)
+    template = "{{ messages[-1]['content'] }}{% if not add_generation_prompt %}<unk>{% endif %}"
+    command = ["doctor", "--model.path", str(tmp_path), "--model.chat-template", template]
+    command += ["--rollout.stop-token-ids", "7", "--rollout.stop", "Question:"]
+    assert cli.main(command) == 0
+    expected = (
+        r"ends of a response +│ <pad> \(0\), <eos> \(1\), <unk> \(2\), 4 \(7\), 'Question:' +│"
+    )
+    assert re.search(expected, capsys.readouterr().out)
+    assert cli.main(["doctor", "--model.path", str(tmp_path / "missing")]) == 0
+    assert re.search(r"ends of a response +│ unknown", capsys.readouterr().out)
 
 
 def test_doctor_plans_for_devices_and_processes_that_are_not_here(capsys, monkeypatch):

@@ -13,7 +13,6 @@ from prefix_rft.config.sections import ModelConfig
 from prefix_rft.data_types import Rollout, TrainBatch, TrainRow
 from prefix_rft.model.attention import LEAN_SDPA
 from prefix_rft.model.loading import (
-    eos_token_ids,
     export,
     load_model,
     load_tokenizer,
@@ -21,6 +20,7 @@ from prefix_rft.model.loading import (
     resolve_device,
 )
 from prefix_rft.model.policy import Policy
+from prefix_rft.model.vocabulary import stop_token_ids
 from prefix_rft.train.packing import pack, take_rows
 
 VOCAB = 100  # of the tokenizer; the models have 112 columns
@@ -346,9 +346,10 @@ def test_special_tokens(saved, tiny_model):
     tokenizer = load_tokenizer(saved)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
     tiny_model.generation_config.eos_token_id = [7, 5]
-    assert eos_token_ids(tiny_model, tokenizer) == (1, 5, 7)
+    assert stop_token_ids(tokenizer, tiny_model.generation_config, (9,)) == (1, 5, 7, 9)
     tiny_model.generation_config.eos_token_id = None
-    assert eos_token_ids(tiny_model, tokenizer) == (1,)
+    assert stop_token_ids(tokenizer, tiny_model.generation_config) == (1,)
+    assert stop_token_ids(tokenizer, None) == (1,)
     path.write_text(
         json.dumps({k: v for k, v in settings.items() if k not in ("pad_token", "eos_token")})
     )

@@ -1,13 +1,19 @@
 """The transformers engine against forwards without a cache and the trainer's log-probs."""
 
+import copy
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
 
+from prefix_rft.checks import ConfigError
+from prefix_rft.config import config_from_dict
 from prefix_rft.data_types import RolloutRequest
 from prefix_rft.model.attention import LEAN_SDPA
 from prefix_rft.model.policy import Policy
+from prefix_rft.rollout.make_engine import make_engine as make_configured
+from prefix_rft.rollout.stop_text import StopText
 from prefix_rft.rollout.transformers_engine import TransformersEngine
 from tests.rollout.rollout_cases import VOCAB, generate, greedy_alone, log_prob_gap, make_requests
 
@@ -63,6 +69,65 @@ def test_greedy_equals_the_loop_without_cache(make_model, model_type, attention)
         assert completion.finish_reason == ("stop" if stopped else "length")
         assert stopped or len(completion.token_ids) == request.max_new_tokens
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("max_batch_sequences", [3, 64])
+def test_texts_end_completions_as_if_cut_afterwards(
+    tiny_model, tiny_tokenizer, max_batch_sequences
+):
+    requests = make_requests(24)
+    whole = generate(make_engine(tiny_model), requests, temperature=0.0)
+    texts = [tiny_tokenizer.decode(completion.token_ids) for completion in whole]
+    stop = [max(texts, key=len)[2:4], texts[2][-1:]]
+    stop_text = StopText(tiny_tokenizer, stop)
+    engine = make_engine(tiny_model, stop_text=stop_text, max_batch_sequences=max_batch_sequences)
+    completions = generate(engine, requests, temperature=0.0)
+    num_cut = 0
+    for completion, before, text in zip(completions, whole, texts, strict=True):
+        ends = [text.find(each) + len(each) for each in stop if each in text]
+        widths = [len(tiny_tokenizer.decode([token])) for token in before.token_ids]
+        count = len(widths)
+        if ends:
+            count = 1 + sum(total < min(ends) for total in accumulate(widths))
+        assert completion.token_ids == before.token_ids[:count]
+        assert len(completion.log_probs) == count
+        assert completion.finish_reason == ("stop" if ends else before.finish_reason)
+        num_cut += count < len(before.token_ids)
+    assert num_cut > 3 and stop_text.cut(completions[0]) == completions[0]
+
+
+def test_a_text_that_ends_all_completions_ends_generation(tiny_model, tiny_tokenizer, monkeypatch):
+    request = RolloutRequest(prompt_ids=(5, 6), max_new_tokens=200)
+    (whole,) = generate(make_engine(tiny_model, eos=(VOCAB,)), [request], temperature=0.0)
+    forward, calls = tiny_model.forward, []
+    monkeypatch.setattr(tiny_model, "forward", lambda *a, **o: calls.append(1) or forward(*a, **o))
+    stop_text = StopText(tiny_tokenizer, [tiny_tokenizer.decode(whole.token_ids[3:6])])
+    engine = make_engine(tiny_model, eos=(VOCAB,), stop_text=stop_text)
+    (completion,) = generate(engine, [request], temperature=0.0)
+    assert completion.token_ids == whole.token_ids[:6] and completion.finish_reason == "stop"
+    assert len(calls) == 6
+
+
+def test_a_run_stops_at_the_end_of_the_turn_and_where_it_is_told(tiny_model, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    policy = Policy(tiny_model, temperature=1.0, vocab_size=VOCAB)
+    requests = [RolloutRequest(prompt_ids=(i, 6), max_new_tokens=60) for i in range(3, 30)]
+
+    def last_ids(**rollout: object) -> set[int]:
+        config = config_from_dict({"rollout": rollout})
+        completions = generate(make_configured(config, policy, tokenizer), requests)
+        assert {c.finish_reason for c in completions} <= {"stop", "length"}
+        return {c.token_ids[-1] for c in completions if c.finish_reason == "stop"}
+
+    assert last_ids() <= {1}
+    tokenizer.chat_template = "{{ messages[-1].content }}{{ '<unk>' }}"
+    assert last_ids() >= {2} and last_ids() <= {1, 2}
+    assert last_ids(stop_token_ids=[9], stop=["x"]) >= {2, 9, tokenizer.get_vocab()["x"]}
+    with pytest.raises(
+        ConfigError, match="rollout.stop_token_ids: expected ids below 100, got 100"
+    ):
+        last_ids(stop_token_ids=[3, 100])
 
 
 def test_greedy_log_probs_are_at_temperature_one(tiny_model):

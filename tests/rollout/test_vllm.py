@@ -25,7 +25,9 @@ from tests.tiny import make_model
 
 pytestmark = pytest.mark.slow
 
-EOS = range(0, VOCAB, 12)  # as in the worker
+# As in the worker: the ids that end a completion, and those whose text does.
+STOP_IDS = (7, 20, 45)
+ENDS = {*range(0, VOCAB, 12), *STOP_IDS}
 CPU = torch.device("cpu")
 
 
@@ -56,11 +58,11 @@ def test_budgets_and_stopping(engine):
     reasons = set()
     for request, (ids, log_probs, reason) in zip(requests, engine["completions"], strict=True):
         assert len(ids) == len(log_probs)
-        assert not set(ids[:-1]) & set(EOS)
+        assert not set(ids[:-1]) & ENDS
         if reason == "stop":
-            assert ids[-1] in EOS and len(ids) <= request.max_new_tokens
+            assert ids[-1] in ENDS and len(ids) <= request.max_new_tokens
         else:
-            assert ids[-1] not in EOS and len(ids) == request.max_new_tokens
+            assert ids[-1] not in ENDS and len(ids) == request.max_new_tokens
         reasons.add(reason)
     assert reasons == {"stop", "length"}
 
@@ -68,6 +70,7 @@ def test_budgets_and_stopping(engine):
 def test_greedy_completions_are_those_of_the_transformers_engine(engine):
     assert engine["greedy"] == engine["greedy_expected"]
     assert {reason for _, reason in engine["greedy"]} == {"stop", "length"}
+    assert {ids[-1] for ids, _ in engine["greedy"]} & set(STOP_IDS)
 
 
 def test_ids_past_the_tokenizer_are_never_sampled(engine):

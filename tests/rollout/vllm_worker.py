@@ -8,6 +8,7 @@ Each scenario measures; the assertions are the test's.
 import json
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -29,6 +30,7 @@ from prefix_rft.model.loading import load_policy, load_tokenizer
 from prefix_rft.model.policy import Policy
 from prefix_rft.rollout.make_engine import make_engine as make_rollout_engine
 from prefix_rft.rollout.server_token import TOKEN_VARIABLE, read_token
+from prefix_rft.rollout.stop_text import StopText
 from prefix_rft.rollout.transformers_engine import TransformersEngine
 from prefix_rft.rollout.vllm_engine import VLLMEngine
 from prefix_rft.train.run import train
@@ -40,7 +42,18 @@ LENGTH = 320  # tokens of a sequence
 SHARED_PROMPT = tuple(3 + i % 90 for i in range(280))  # just over two blocks of the prefix cache
 OTHER_TOKEN = "x" * 43
 KNOWN = ("/health", "/metrics", "/docs", "/openapi.json", "/v1/models", "/get_world_size")
+STOP_IDS = (7, 20, 45)  # what they decode to ends a completion as a text
 EOS = tuple(range(0, VOCAB, 12))  # one token in twelve, so that completions end at different times
+
+
+class Letters:
+    """Stands for a tokenizer: each id is a letter."""
+
+    def decode(self, token_ids: Sequence[int], **options: object) -> str:
+        return "".join(chr(0x4E00 + token) for token in token_ids)
+
+
+STOP_TEXT = StopText(Letters(), [Letters().decode([token]) for token in STOP_IDS])
 
 
 def make_model(*, tied: bool) -> Qwen2ForCausalLM:
@@ -72,6 +85,7 @@ def make_engine(model, **config: object) -> VLLMEngine:
         device=CPU,
         max_length=LENGTH,
         eos_token_ids=EOS,
+        stop_text=STOP_TEXT,
         vocab_size=VOCAB,
         max_batch_sequences=32,
     )
@@ -79,7 +93,12 @@ def make_engine(model, **config: object) -> VLLMEngine:
 
 def transformers_engine(model, vocab_size: int) -> TransformersEngine:
     return TransformersEngine(
-        model, eos_token_ids=EOS, pad_token_id=0, vocab_size=vocab_size, max_batch_sequences=64
+        model,
+        eos_token_ids=EOS,
+        stop_text=STOP_TEXT,
+        pad_token_id=0,
+        vocab_size=vocab_size,
+        max_batch_sequences=64,
     )
 
 
