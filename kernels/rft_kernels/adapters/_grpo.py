@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import _check
 from ..objective import Terms, clipped_policy, kl_term
 
 _CLIPPED = ("grpo", "dapo", "bnpo", "dr_grpo", "luspo")
@@ -65,6 +66,34 @@ class Options(NamedTuple):
             raise ValueError("sapo_temperature_pos and sapo_temperature_neg must be above 0")
 
 
+def check_shapes(
+    like: Tensor,  # [B, L, ...]
+    advantages: Tensor,
+    weight: Tensor | None,
+    num_items_in_batch: int | Tensor | None,
+    **others: Tensor | None,
+) -> None:
+    """Refuses all but `others` [B, L], advantages [B] and a weight of the three shapes.
+
+    Liger checks less, and what is broadcast instead gives another loss.
+    """
+    if like.dim() != 3:
+        raise ValueError(f"_input or logits must have 3 dimensions, got {list(like.shape)}")
+    shape = like.shape[:2]
+    for name, value in others.items():
+        if value is not None:
+            _check.tensor(name, value, dtypes=(), shape=shape, like=like)
+    _check.tensor("advantages", advantages, dtypes=(), shape=shape[:1], like=like)
+    if weight is not None:
+        allowed = (shape, torch.Size((shape[0], 1)), shape[:1])
+        if weight.shape not in allowed:
+            wanted = " or ".join(str(list(x)) for x in allowed)
+            raise ValueError(f"vllm_is_ratio must have shape {wanted}, got {list(weight.shape)}")
+    if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.dim() != 0:
+        shape = list(num_items_in_batch.shape)
+        raise ValueError(f"num_items_in_batch must have shape [] or be a number, got {shape}")
+
+
 def token_losses(
     log_probs: Tensor,  # [B, L]
     old: Tensor | None,  # [B, L]; None: on-policy
@@ -85,13 +114,8 @@ def token_losses(
         log_ratio = (log_ratio * mask).sum(-1, keepdim=True)
         log_ratio = log_ratio / mask.sum(-1, keepdim=True).clamp(min=1)
     advantage = advantages[:, None]
-    if weight is not None:
-        if weight.shape not in (log_probs.shape, advantage.shape, advantages.shape):
-            raise ValueError(
-                f"vllm_is_ratio must have shape {list(log_probs.shape)}, {list(advantage.shape)} "
-                f"or {list(advantages.shape)}, got {list(weight.shape)}"
-            )
-        weight = weight.reshape(len(weight), -1)
+    if weight is not None and weight.dim() == 1:
+        weight = weight[:, None]
 
     ratio = log_ratio.exp()
     is_clipped = torch.zeros_like(ratio, dtype=torch.bool)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._check import NO_TARGET
 from ..rows import token_stats
-from ._grpo import Options, metrics, reduced, token_losses
+from ._grpo import Options, check_shapes, metrics, reduced, token_losses
 from ._linear import head_stats
 from ._patch import Patch, install
 
@@ -81,6 +81,16 @@ def triton_grpo_loss(
     options.check()
     if beta != 0 and ref_logp is None:
         raise ValueError("ref_logp must be given, as beta is not 0")
+    check_shapes(
+        logits[:, 1:],
+        advantages,
+        vllm_is_ratio,
+        num_items_in_batch,
+        completion_ids=completion_ids,
+        completion_mask=completion_mask,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+    )
     if completion_mask is None:
         inside = torch.ones_like(completion_ids, dtype=torch.bool)
     else:
@@ -178,6 +188,16 @@ class LigerFusedLinearGRPOFunction:
         options.check()
         if loss_type == "dr_grpo" and max_completion_length is None:
             raise ValueError("max_completion_length must be given for loss_type 'dr_grpo'")
+        check_shapes(
+            _input,
+            advantages,
+            vllm_is_ratio,
+            num_items_in_batch,
+            selected_token_ids=selected_token_ids,
+            attention_mask=attention_mask,
+            old_per_token_logps=old_per_token_logps,
+            ref_per_token_logps=ref_per_token_logps,
+        )
         inside = attention_mask != 0
         counted = torch.ones_like(inside) if loss_type == "luspo" else inside
         targets = torch.where(counted, selected_token_ids, NO_TARGET)

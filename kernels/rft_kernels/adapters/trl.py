@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _check
 from ..results import stats_dtype
 from ..rows import token_stats
 from ._linear import compute_dtype, head_stats
@@ -43,6 +44,9 @@ def selective_log_softmax(
     if index.dim() < logits.dim():
         keep = None if row_mask is None else row_mask != 0
         return token_stats(logits, index, temperature=temperature, row_mask=keep).log_probs
+    _check.number("temperature", temperature, above=0)
+    if row_mask is not None:
+        _check.tensor("row_mask", row_mask, dtypes=(), shape=index.shape, like=logits)
     # Measured from the likeliest class, whose log-prob is finite and whose logit is near the
     # others' that matter: adding lse itself would round where logits are large.
     best = logits.detach().argmax(-1)

@@ -299,6 +299,37 @@ def test_liger_fused_linear_refusals(options, message):
         loss(hidden, weight, ids, torch.ones(B, L), torch.ones(B), **call)
 
 
+WRONG_SHAPES = {
+    "advantages": [(B, 1), (B, L), (1,)],
+    "old_per_token_logps": [(L,), (1, L), (B, 1)],
+    "ref_per_token_logps": [(L,), (B, 1)],
+    "attention_mask": [(L,), (B, 1), (B,)],
+    "selected_token_ids": [(L,), (B, 1)],
+    "vllm_is_ratio": [(L,), (1,), (1, L)],
+    "num_items_in_batch": [(1,)],
+    "_input": [(B * L, D)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, shape) for name, shapes in WRONG_SHAPES.items() for shape in shapes]
+)
+def test_liger_fused_linear_broadcasts_nothing(name, shape):
+    """What is broadcast instead gives another loss."""
+    hidden, weight, _, ids = head(B * L)
+    given = {
+        "_input": hidden.view(B, L, D),
+        "selected_token_ids": ids.view(B, L),
+        "attention_mask": torch.ones(B, L),
+        "advantages": torch.ones(B),
+        "old_per_token_logps": torch.zeros(B, L),
+        "ref_per_token_logps": torch.zeros(B, L),
+    }
+    given[name] = torch.ones(shape, dtype=ids.dtype if name == "selected_token_ids" else None)
+    with pytest.raises(ValueError, match=f"{name}.* must have"):
+        liger.LigerFusedLinearGRPOFunction.apply(weight=weight, **given)
+
+
 def test_liger_patch_reaches_modules_built_before(liger_grpo, monkeypatch):
     own = liger_grpo.LigerFusedLinearGRPOFunction
     built = liger_grpo.LigerFusedLinearGRPOLoss(compiled=False)

@@ -88,6 +88,14 @@ def test_trl_several_classes_where_logits_are_large():
     torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("row_mask", [torch.ones(B, L), torch.ones(4)])
+def test_trl_row_mask_is_not_broadcast(row_mask):
+    logits, _ = example()
+    index = torch.zeros(B, L, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="row_mask must have shape"):
+        trl.selective_log_softmax(logits, index, row_mask=row_mask)
+
+
 @pytest.mark.parametrize("with_gradient", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_trl_log_probs_and_entropy(trl_utils, with_gradient, masked):
@@ -334,6 +342,36 @@ def test_liger_refusals(options, message):
     logits, ids = torch.zeros(B, L + 1, V), torch.zeros(B, L, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         liger.triton_grpo_loss(logits, None, None, ids, torch.ones(B), **{"beta": 0.0, **options})
+
+
+WRONG_SHAPES = {
+    "advantages": [(B, 1), (B, L), (1,)],
+    "old_logp": [(L,), (1, L), (B, 1)],
+    "ref_logp": [(L,), (B, 1)],
+    "completion_mask": [(L,), (B, 1)],
+    "completion_ids": [(L,), (B, 1), (B, L + 1)],
+    "vllm_is_ratio": [(L,), (1,), (1, L)],
+    "num_items_in_batch": [(1,)],
+    "logits": [(B, L, V), (B, V)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, shape) for name, shapes in WRONG_SHAPES.items() for shape in shapes]
+)
+def test_liger_broadcasts_nothing(name, shape):
+    """What is broadcast instead gives another loss."""
+    given = {
+        "logits": torch.zeros(B, L + 1, V),
+        "old_logp": torch.zeros(B, L),
+        "ref_logp": torch.zeros(B, L),
+        "completion_ids": torch.zeros(B, L, dtype=torch.int64),
+        "advantages": torch.ones(B),
+        "completion_mask": torch.ones(B, L),
+    }
+    given[name] = torch.ones(shape, dtype=torch.int64 if name == "completion_ids" else None)
+    with pytest.raises(ValueError, match="must have"):
+        liger.triton_grpo_loss(**given)
 
 
 def test_liger_patch(monkeypatch):
