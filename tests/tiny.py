@@ -19,9 +19,9 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+-= \n"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *LETTERS])}
+def make_tokenizer(step: int = 1) -> PreTrainedTokenizerFast:
+    """One token a character; ids are multiples of `step`."""
+    vocabulary = {token: i * step for i, token in enumerate(["<pad>", "<eos>", *LETTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -25,7 +25,8 @@ class Policy(nn.Module):
         model: a causal language model; its lm_head becomes an `LMHead`, its `sdpa` attention
             `LEAN_SDPA`.
         temperature: of every log-prob and entropy.
-        vocab_size: tokens of the tokenizer; columns past it take no part in the softmax.
+        vocab_size: the largest id of the tokenizer + 1; columns past it take no part in the
+            softmax.
         autocast_dtype: of forward and backward; None: the weights' own.
         device: of the compute; None: where the weights are.
     Raises:
@@ -51,7 +52,7 @@ class Policy(nn.Module):
             )
         if not 1 <= vocab_size <= len(head.weight):
             raise ConfigError(
-                f"model.path: the tokenizer has {vocab_size} tokens, the lm_head "
+                f"model.path: the tokenizer has ids up to {vocab_size - 1}, the lm_head "
                 f"{len(head.weight)} columns"
             )
         patch_lm_head(model, vocab_size=vocab_size)

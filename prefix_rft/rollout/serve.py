@@ -13,6 +13,7 @@ from prefix_rft.model import (
     resolve_autocast_dtype,
     resolve_device,
     resolve_weight_dtypes,
+    vocabulary_size,
 )
 from prefix_rft.rollout.make_engine import max_sequence_length
 from prefix_rft.rollout.server_token import TOKEN_VARIABLE, RequireToken, make_token, token_file
@@ -46,7 +47,7 @@ def serve_vllm(config: Config, *, host: str, port: int) -> None:
     write_model_config(
         model_config,
         folder,
-        vocab_size=len(load_tokenizer(base)),
+        vocab_size=vocabulary_size(load_tokenizer(base)),
         unties=unties_weights(device),
     )
     trained, _ = resolve_weight_dtypes(config.model)

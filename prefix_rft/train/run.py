@@ -36,6 +36,7 @@ from prefix_rft.model import (
     load_tokenizer,
     resolve_device,
     try_export,
+    vocabulary_size,
 )
 from prefix_rft.reward import Rewarder, RewardError
 from prefix_rft.rollout import EngineError, make_engine, max_sequence_length, serving
@@ -100,17 +101,12 @@ def _train(config: Config, world: World, lock: RunLock, *, resume: bool) -> dict
             config = trainer.config
             if _is_finished(config, summary, checkpoints):
                 return _nothing_left(run_dir, summary, world)
-        notice = world.broadcast(lambda: try_export(setup.policy.model, setup.tokenizer))
+        notices = world.broadcast(lambda: _notices(config, setup, trainer, checkpoints))
         if not checkpoints:
             world.broadcast(lambda: save_config(config, run_dir / CONFIG_FILE))
         logger = stack.enter_context(_logger(config, world, checkpoints))
-        if notice:
+        for notice in notices:
             logger.message(notice)
-        for report in setup.data.reports:
-            logger.message(str(report))
-        left_out = len(setup.data.train) - len(trainer.problems)
-        if left_out:
-            logger.message(f"{config.method.name} cannot learn from {left_out} problems: left out")
         data = {"data": _row_counts(setup.data.reports)}
         watch = Watch(config.data.answer_pattern)
         if "base" not in summary:
@@ -121,9 +117,6 @@ def _train(config: Config, world: World, lock: RunLock, *, resume: bool) -> dict
                 logger.message(warning)
         if checkpoints:
             logger.message(f"resuming from {checkpoints[-1]}")
-            if changes := _changes(config):
-                told = (f"{key} {before!r} -> {now!r}" for key, (before, now) in changes.items())
-                logger.message(f"changed since the run began: {', '.join(told)}")
             trainer.restore(checkpoints[-1])
             world.broadcast(lambda: save_config(config, run_dir / CONFIG_FILE))
         else:
@@ -138,15 +131,40 @@ def _train(config: Config, world: World, lock: RunLock, *, resume: bool) -> dict
             logger.log(trainer.step_index, _eval_metrics(trained), kind="eval")
             summary |= {"trained": trained}
     world.broadcast(lock.check)
+    _write_results(config, setup, summary)
+    return summary
+
+
+def _notices(
+    config: Config, setup: "Setup", trainer: Trainer, checkpoints: list[Path]
+) -> list[str]:
+    """What the user should know before the work begins.
+
+    Raises:
+        ConfigError: the model could not be written at the end.
+    """
+    notices = [str(report) for report in setup.data.reports]
+    if notice := try_export(setup.policy.model, setup.tokenizer):
+        notices.append(notice)
+    if left_out := len(setup.data.train) - len(trainer.problems):
+        notices.append(f"{config.method.name} cannot learn from {left_out} problems: left out")
+    if checkpoints and (changes := _changes(config)):
+        told = (f"{key} {before!r} -> {now!r}" for key, (before, now) in changes.items())
+        notices.append(f"changed since the run began: {', '.join(told)}")
+    return notices
+
+
+def _write_results(config: Config, setup: "Setup", summary: dict) -> None:
+    """Summary and report, then the model, and in the summary that it is there. Collective."""
+    run_dir, world = config.run_dir, setup.world
     _write_summary(run_dir, summary, world)
     try:
         if world.is_main:
             write_report(run_dir)
     finally:
         export(setup.policy.model, setup.tokenizer, run_dir / MODEL_FOLDER, world)
-    summary |= {"model_step": config.trainer.num_steps}
+    summary["model_step"] = config.trainer.num_steps
     _write_summary(run_dir, summary, world)
-    return summary
 
 
 def _open_run(config: Config, resume: bool) -> tuple[dict, list[Path]]:
@@ -310,7 +328,9 @@ class Setup:
         _check_length(config, model_path)
         self.tokenizer = load_tokenizer(model_path, config.model.chat_template)
         self.data = load_problems(config, self.tokenizer)
-        self.policy = load_policy(config, model_path, vocab_size=len(self.tokenizer), world=world)
+        self.policy = load_policy(
+            config, model_path, vocab_size=vocabulary_size(self.tokenizer), world=world
+        )
         self.engine = make_engine(config, self.policy, self.tokenizer)
         self.rewarder = Rewarder(config.reward, answer_pattern=config.data.answer_pattern)
 

@@ -192,7 +192,7 @@ def test_a_model_without_lm_head_is_refused(tiny_model):
 
 
 def test_a_tokenizer_larger_than_the_lm_head_is_refused(tiny_model):
-    with pytest.raises(ConfigError, match="the tokenizer has 113 tokens, the lm_head 112 columns"):
+    with pytest.raises(ConfigError, match="the tokenizer has ids up to 112, the lm_head 112 col"):
         Policy(tiny_model, temperature=1.0, vocab_size=113)
 
 

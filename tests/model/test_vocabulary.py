@@ -1,12 +1,18 @@
 """The ids of a tokenizer: how many columns they need, and which end a response."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast
 
+from prefix_rft.checks import ConfigError
 from prefix_rft.config import config_from_dict
 from prefix_rft.model.vocabulary import end_of_response_id, stop_token_ids, vocabulary_size
+from prefix_rft.train.run import evaluate_model, train
 from prefix_rft.train.trainer import make_method
+from tests.tiny import CHAT_TEMPLATE, make_model, make_run
+from tests.tiny import make_tokenizer as make_tiny_tokenizer
 
 EOS, IM_START, IM_END = 10, 11, 12
 CHATML = (
@@ -58,6 +64,29 @@ def test_everything_that_ends_a_completion():
     assert stop_token_ids(tokenizer, GenerationConfig(eos_token_id=3), [7]) == (3, 7, EOS, IM_END)
     config = GenerationConfig(eos_token_id=[EOS, 2])
     assert stop_token_ids(tokenizer, config) == (2, EOS, IM_END)
+
+
+def test_a_run_whose_tokenizer_has_holes(tmp_path):
+    """Ids beyond the number of tokens are trained on and sampled."""
+    config = make_run(tmp_path, trainer={"num_steps": 1})
+    tokenizer = make_tiny_tokenizer(step=3)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "base")
+    size = vocabulary_size(tokenizer)
+    assert size == 3 * len(tokenizer) - 2
+    make_model(size).save_pretrained(tmp_path / "base")
+    summary = train(config)
+    assert summary["trained"]["num_problems"] == 4
+    (record,) = [
+        record
+        for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+        if (record := json.loads(line))["kind"] == "train"
+    ]
+    assert record["rollout/log_prob_gap_max"] < 1e-4
+    make_model(size - 5).save_pretrained(tmp_path / "base")  # with 4 padded columns
+    message = f"the tokenizer has ids up to {size - 1}, the lm_head {size - 1} columns"
+    with pytest.raises(ConfigError, match=message):
+        evaluate_model(config, str(tmp_path / "base"))
 
 
 def test_a_vocabulary_ends_behind_its_largest_id():
