@@ -1,8 +1,10 @@
 """Scores responses with the math grader or with a user's function."""
 
-from prefix_rft.reward.grader import Grader, RewardError, clean_answer, plain_number
+from prefix_rft.reward.answers import plain_number
+from prefix_rft.reward.grader import Grader, RewardError
 from prefix_rft.reward.reward import Rewarder, Score
 from prefix_rft.reward.scoring import Scoring
+from prefix_rft.reward.spelling import clean_answer
 
 __all__ = [
     "Grader",

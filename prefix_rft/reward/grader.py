@@ -5,7 +5,6 @@ Imports neither torch nor transformers, and Math-Verify only inside the worker p
 
 import json
 import logging
-import re
 import selectors
 import subprocess
 import sys
@@ -13,58 +12,25 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from prefix_rft.checks import UserError
+from prefix_rft.reward.answers import MAX_ANSWER_CHARS, compare_quickly, plain_number, read_answer
+from prefix_rft.reward.number import RELATIVE_TOLERANCE
+from prefix_rft.reward.spelling import clean_answer, last_boxed
 
 if TYPE_CHECKING:
     from prefix_rft.data_types import RewardStatus
 
-MAX_ANSWER_CHARS = 4096  # longer answers are wrong without being parsed
 START_TIMEOUT_S = 120.0  # for a worker process to get ready for its first question
 
 _log = logging.getLogger(__name__)
 _worker_file = Path(__file__).with_name("worker.py")
 
-_brace = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_number = re.compile(r"[+-]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?")
-_text_command = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf)\{([^{}]*)\}")
-_dollar = re.compile(r"\\?\$")
-_delimiters = (("\\(", "\\)"), ("\\[", "\\]"))
-
 
 class RewardError(UserError):
     """Rewards cannot be computed or trusted; the run stops."""
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the `\boxed{}` or `\fbox{}` that closes last, or None; linear time."""
-    open_braces: list[int | None] = []  # start of the content where the brace opens a box
-    found = None
-    for token in _brace.finditer(text):
-        if token[0] == "}":
-            if open_braces and (start := open_braces.pop()) is not None:
-                found = (start, token.start())
-        elif token[0] == "{":
-            open_braces.append(None)
-        elif token[0].endswith("{") and len(token[0]) > 2:
-            open_braces.append(token.end())
-    return None if found is None else text[slice(*found)]
-
-
-def clean_answer(answer: str) -> str:
-    """`answer` without math delimiters, dollar signs, an enclosing box, or a final full stop."""
-    answer = " ".join(_dollar.sub("", answer).replace("\N{MINUS SIGN}", "-").split())
-    for opening, closing in _delimiters:
-        if answer.startswith(opening) and answer.endswith(closing):
-            answer = answer[len(opening) : -len(closing)].strip()
-    if answer.startswith("\\boxed") and answer.endswith("}"):
-        inside = last_boxed(answer)
-        if inside is not None and f"\\boxed{{{inside}}}" == answer:
-            answer = inside.strip()
-    return answer.removesuffix(".").rstrip()
 
 
 def extract_answer(text: str, pattern: str) -> str | None:
@@ -86,37 +52,15 @@ def extract_answer(text: str, pattern: str) -> str | None:
     return (clean_answer(found) or None) if found is not None else None
 
 
-def plain_number(answer: str) -> Decimal | None:
-    """The value of a cleaned answer such as 1,000 or -3.50; None if it is anything else."""
-    if len(answer) > 64 or not _number.fullmatch(answer):
-        return None
-    return Decimal(answer.replace(",", ""))
-
-
-def compare_quickly(gold: str, answer: str) -> bool | None:
-    """Whether two cleaned answers agree, if that can be decided without Math-Verify; else None.
-
-    Numbers agree if they are equal to six decimals, as in Math-Verify.
-    """
-    if _text_command.sub(r"\1", gold) == _text_command.sub(r"\1", answer):
-        return True
-    if len(answer) > MAX_ANSWER_CHARS:
-        return False
-    gold_number, number = plain_number(gold), plain_number(answer)
-    if gold_number is None or number is None:
-        return None
-    with localcontext(prec=100):
-        return round(gold_number, 6) == round(number, 6)
-
-
 class _Worker:
     """A worker process; `task` is its question, `deadline` the time by which it must reply."""
 
     def __init__(self, timeout_s: float, memory_mib: int) -> None:
+        arguments = (timeout_s, memory_mib, float(RELATIVE_TOLERANCE))
         # Its own process group, so that Ctrl-C in the terminal does not reach it. -P keeps the
         # modules of this folder from shadowing others.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(_worker_file), str(timeout_s), str(memory_mib)],
+            [sys.executable, "-P", str(_worker_file), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -184,7 +128,12 @@ class Grader:
             agree = compare_quickly(gold, answer)
             statuses.append(None if agree is None else "correct" if agree else "wrong")
         hard = [i for i, status in enumerate(statuses) if status is None]
-        replies = self._ask([{"gold": golds[i], "answer": answers[i]} for i in hard])
+        replies = self._ask(
+            [
+                {"gold": read_answer(golds[i]).text, "answer": read_answer(answers[i]).text}
+                for i in hard
+            ]
+        )
         words = {True: "correct", False: "wrong"}
         for i, reply in zip(hard, replies, strict=True):
             statuses[i] = words.get(reply, reply)
@@ -198,7 +147,7 @@ class Grader:
         """
         hard = list(dict.fromkeys(g for g in golds if plain_number(g) is None))
         short = [gold for gold in hard if len(gold) <= MAX_ANSWER_CHARS]
-        replies = self._ask([{"gold": gold, "answer": None} for gold in short])
+        replies = self._ask([{"gold": read_answer(gold).text, "answer": None} for gold in short])
         parsed = {gold: reply is True for gold, reply in zip(short, replies, strict=True)}
         return [plain_number(gold) is not None or parsed.get(gold, False) for gold in golds]
 

@@ -12,7 +12,8 @@ from typing import Any, Self, get_args
 
 from prefix_rft.config import RewardConfig
 from prefix_rft.data_types import Problem, RewardStatus
-from prefix_rft.reward.grader import Grader, RewardError, clean_answer, extract_answer
+from prefix_rft.reward.grader import Grader, RewardError, extract_answer
+from prefix_rft.reward.spelling import clean_answer
 
 RewardFunction = Callable[..., Sequence[float]]
 

@@ -40,7 +40,7 @@ def test_math_scores_and_their_counts():
         r"\boxed{1/3}",
         "it is one half",
         r"<think>\boxed{0.5}</think> I do not know",
-        r"\boxed{10^{10^8}}",
+        rf"\boxed{{{'(' * 2000}1{')' * 2000}}}",
         r"\boxed{2/4} or \boxed{\frac12}",
         r"\boxed{0.5} or rather \boxed{5}",
     ]
