@@ -43,6 +43,7 @@ from prefix_rft.model import World
 Optimizers = Mapping[str, torch.optim.Optimizer]  # by name
 
 FORMAT = 4  # incremented when the layout changes
+_READABLE = (3, FORMAT)  # 3 has its generators in a pickle, which is left alone
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # the rest is the base's
 for _message in (".*torch.distributed is disabled.*", ".*the intent is to .* single process.*"):
     warnings.filterwarnings("ignore", message=_message)  # as intended; the writing thread warns too
@@ -273,7 +274,7 @@ def _verify(path: Path) -> dict:
         description = json.loads((path / "trainer.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: {error}") from error
-    if description.get("format") != FORMAT:
+    if description.get("format") not in _READABLE:
         raise CheckpointError(
             f"checkpoint {path}: expected format {FORMAT}, got {description.get('format')}"
         )

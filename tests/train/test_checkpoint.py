@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from prefix_rft.train import checkpoint as checkpoint_module
 from prefix_rft.train.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -89,16 +88,27 @@ def test_generators_are_restored(saved: Path) -> None:
     assert drawn() == first
 
 
-def test_generators_are_restored_without_unpickling(saved: Path, monkeypatch) -> None:
+class Code:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.trace,)
+
+
+def test_what_a_checkpoint_pickled_is_not_read(saved: Path, tmp_path: Path) -> None:
     checkpoint = list_checkpoints(saved)[-1]
     assert [path.name for path in checkpoint.glob("rng-*")] == ["rng-0.json"]
-    assert not list(checkpoint.glob("*.pickle"))
-    # torch.distributed.checkpoint itself reads the rest.
-    monkeypatch.setattr(checkpoint_module.dcp, "load", lambda *args, **options: None)
-    monkeypatch.setattr(pickle, "loads", None)
-    monkeypatch.setattr(pickle, "load", None)
-    monkeypatch.setattr(torch, "load", None)
-    make_trainer(CONFIG).restore(checkpoint)
+    description = json.loads((checkpoint / "trainer.json").read_text())
+    (checkpoint / "trainer.json").write_text(json.dumps(description | {"format": 3}))
+    (checkpoint / "rng-0.json").unlink()
+    (checkpoint / "rng-0.pickle").write_bytes(pickle.dumps(Code(tmp_path / "was_run")))
+    (checkpoint / "manifest.json").write_text("{}")
+    trainer = make_trainer(CONFIG)
+    trainer.restore(checkpoint)
+    assert trainer.step_index == 2 and not (tmp_path / "was_run").exists()
 
 
 def test_a_machine_with_fewer_devices_takes_up_the_generators(monkeypatch) -> None:
