@@ -18,7 +18,7 @@ from .torch_backend import default_scratch
 
 def matrices(logits: Tensor) -> list[Tensor]:
     """`[..., V]` as `[rows, V]` views in order: one if the strides allow it, and never a copy."""
-    if logits.dim() <= 2:
+    if logits.dim() <= 2 or logits.numel() == 0:
         return [logits.reshape(-1, logits.shape[-1])]
     shape, stride = logits.shape, logits.stride()
     if all(stride[i] == stride[i + 1] * shape[i + 1] for i in range(logits.dim() - 2)):
