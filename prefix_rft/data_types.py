@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 FinishReason = Literal["stop", "length"]
-RewardStatus = Literal["correct", "wrong", "no_answer", "timeout", "error"]
+RewardStatus = Literal["correct", "wrong", "no_answer", "timeout", "error", "no_reward"]
 Source = Literal["policy", "demonstration"]
 
 

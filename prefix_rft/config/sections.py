@@ -204,6 +204,8 @@ class RewardConfig:
 
     # dotted path to f(completions, **columns) -> list[float]; None: the math grader
     function: str | None = None
+    # smallest reward of a correct response; the math grader gives 1 and 0
+    correct_reward: float = 1.0
     num_workers: PositiveInt = 2  # grader processes
     timeout_s: PositiveFloat = 5.0  # seconds per answer; then the worker is killed and replaced
     # address space of a worker beyond its start-up size

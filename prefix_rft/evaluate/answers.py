@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefix_rft.config import EvalConfig
-from prefix_rft.data_types import Completion, Problem, RewardStatus, RolloutRequest
+from prefix_rft.data_types import Completion, Problem, RolloutRequest
 from prefix_rft.reward import Rewarder, Score
 from prefix_rft.rollout import RolloutEngine
 
@@ -13,11 +13,10 @@ from prefix_rft.rollout import RolloutEngine
 class Answers:
     """What the policy answered to one problem."""
 
-    greedy_reward: float
-    rewards: tuple[float, ...]  # of the k samples, as are the following
+    greedy: Score
+    scores: tuple[Score, ...]  # of the k samples, as are the following
     lengths: tuple[int, ...]  # tokens
     truncated: tuple[bool, ...]
-    statuses: tuple[RewardStatus, ...]
 
 
 def answer(
@@ -50,11 +49,10 @@ def answer(
     spans = [slice(i * k, (i + 1) * k) for i in range(len(problems))]
     return [
         Answers(
-            greedy_reward=best.reward,
-            rewards=tuple(score.reward for score in scores[span]),
+            greedy=best,
+            scores=tuple(scores[span]),
             lengths=tuple(len(c.token_ids) for c in completions[span]),
             truncated=tuple(c.finish_reason == "length" for c in completions[span]),
-            statuses=tuple(score.status for score in scores[span]),
         )
         for best, span in zip(greedy, spans, strict=True)
     ]

@@ -7,32 +7,49 @@ from math import comb
 import numpy as np
 
 from prefix_rft.evaluate.answers import Answers
+from prefix_rft.reward import RewardError, Score
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000  # of the bootstrap
 
 
 def summarize(answers: Sequence[Answers]) -> dict:
-    """Greedy accuracy, avg@k and pass@k over problems.
+    """Greedy accuracy, avg@k and pass@k over problems: fractions of `correct` answers.
 
-    Accuracies and shares are in [0, 1]; lengths in tokens; `<name>_ci95` is [low, high] of a
-    bootstrap over problems.
+    Fractions are in [0, 1]; lengths in tokens; `<name>_ci95` is [low, high] of a bootstrap over
+    problems. Rewards that say more than correct or not have their own mean, of the k samples.
+    Answers without a reward are left out.
+
+    Raises:
+        RewardError: no greedy answer has a reward, or no sampled one.
     """
-    greedy = np.array([each.greedy_reward for each in answers])
-    sampled = np.array([each.rewards for each in answers])
-    k = sampled.shape[1]
-    num_correct = (sampled == 1.0).sum(axis=1)
-    return {
+    k = len(answers[0].scores)
+    greedy = np.array([is_correct for each in answers for is_correct in _outcomes([each.greedy])])
+    sampled = [outcomes for each in answers if (outcomes := _outcomes(each.scores))]
+    if not len(greedy) or not sampled:
+        raise RewardError(f"no reward for any answer to {len(answers)} held-out problems")
+    accuracies = np.array([np.mean(outcomes) for outcomes in sampled])
+    results = {
         "num_problems": len(answers),
         "greedy": float(greedy.mean()),
         "greedy_ci95": bootstrap_interval(greedy),
-        f"avg@{k}": float(sampled.mean()),
-        f"avg@{k}_ci95": bootstrap_interval(sampled.mean(axis=1)),
-        f"pass@{k}": float(np.mean([pass_at_k(k, int(c), k) for c in num_correct])),
+        f"avg@{k}": float(accuracies.mean()),
+        f"avg@{k}_ci95": bootstrap_interval(accuracies),
+        f"pass@{k}": float(np.mean([pass_at_k(len(x), sum(x), len(x)) for x in sampled])),
         "response_length_mean": float(np.mean([each.lengths for each in answers])),
         "truncated_frac": float(np.mean([each.truncated for each in answers])),
-        "statuses": dict(Counter(status for each in answers for status in each.statuses)),
+        "statuses": dict(Counter(score.status for each in answers for score in each.scores)),
     }
+    scores = [score for each in answers for score in each.scores]
+    rewards = [score.reward for score in scores if score.reward is not None]
+    if not {0.0, 1.0}.issuperset(rewards):
+        results["reward_mean"] = float(np.mean(rewards))
+    return results
+
+
+def _outcomes(scores: Sequence[Score]) -> list[bool]:
+    """Whether each answer with a reward is correct."""
+    return [score.status == "correct" for score in scores if score.reward is not None]
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

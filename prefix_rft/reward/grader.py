@@ -3,6 +3,7 @@
 Imports neither torch nor transformers, and Math-Verify only inside the worker processes.
 """
 
+import importlib.metadata
 import json
 import logging
 import selectors
@@ -23,6 +24,8 @@ from prefix_rft.reward.spelling import clean_answer, last_boxed
 if TYPE_CHECKING:
     from prefix_rft.data_types import RewardStatus
 
+RULES_VERSION = 1  # raised with every change by which an answer can be graded differently
+LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy")
 START_TIMEOUT_S = 120.0  # for a worker process to get ready for its first question
 
 _log = logging.getLogger(__name__)
@@ -31,6 +34,15 @@ _worker_file = Path(__file__).with_name("worker.py")
 
 class RewardError(UserError):
     """Rewards cannot be computed or trusted; the run stops."""
+
+
+def grader_info() -> dict[str, str | int | float]:
+    """Versions and choices by which answers are graded."""
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return versions | {
+        "rules": RULES_VERSION,
+        "relative_tolerance": float(RELATIVE_TOLERANCE),
+    }
 
 
 def extract_answer(text: str, pattern: str) -> str | None:

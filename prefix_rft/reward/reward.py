@@ -12,7 +12,7 @@ from typing import Any, Self, get_args
 
 from prefix_rft.config import RewardConfig
 from prefix_rft.data_types import Problem, RewardStatus
-from prefix_rft.reward.grader import Grader, RewardError, extract_answer
+from prefix_rft.reward.grader import Grader, RewardError, extract_answer, grader_info
 from prefix_rft.reward.spelling import clean_answer
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -20,14 +20,14 @@ RewardFunction = Callable[..., Sequence[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """The reward of a response; with a user's function, above 0 is `correct`, else `wrong`."""
+    """The reward of a response; `correct` from `reward.correct_reward` on, for all figures."""
 
-    reward: float
+    reward: float | None  # None: the function gave none, `no_reward`
     status: RewardStatus
 
 
 def count_statuses(scores: Sequence[Score]) -> dict[RewardStatus, int]:
-    """The number of scores with each status; all five statuses are present."""
+    """The number of scores with each status; all statuses are present."""
     counts = Counter(score.status for score in scores)
     return {status: counts[status] for status in get_args(RewardStatus)}
 
@@ -92,6 +92,13 @@ class Rewarder:
     def close(self) -> None:
         if self._grader is not None:
             self._grader.close()
+
+    def info(self) -> dict[str, Any]:
+        """What decides whether a response is correct, for a summary."""
+        if self._function is not None:
+            config = self._config
+            return {"function": config.function, "correct_reward": config.correct_reward}
+        return {"answer_pattern": self._answer_pattern, **grader_info()}
 
     def has_answer(self, text: str) -> bool:
         """Whether `text` has a final answer, right or wrong."""
@@ -174,7 +181,8 @@ class Rewarder:
         for i, reward in enumerate(rewards):
             if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
                 raise RewardError(f"{name}: expected a finite number, got {reward!r} at {i}")
+        least = self._config.correct_reward
         return [
-            Score(reward=float(reward), status="correct" if reward > 0 else "wrong")
+            Score(reward=float(reward), status="correct" if reward >= least else "wrong")
             for reward in rewards
         ]

@@ -107,13 +107,13 @@ def _train(config: Config, world: World, lock: RunLock, *, resume: bool) -> dict
         logger = stack.enter_context(_logger(config, world, checkpoints))
         for notice in notices:
             logger.message(notice)
-        data = {"data": _row_counts(setup.data.reports)}
+        summary["data"] = _row_counts(setup.data.reports)
         watch = Watch(config.data.answer_pattern)
         if "base" not in summary:
             logger.message("evaluating the base model")
-            summary = data | {"base": setup.evaluate(interrupt, version=0)}
+            summary["base"] = setup.evaluate(interrupt, version=0)
             _write_summary(run_dir, summary, world)
-            if warning := watch.of_base(summary["base"]):
+            if warning := watch.of_evaluation(summary["base"]):
                 logger.message(warning)
         if checkpoints:
             logger.message(f"resuming from {checkpoints[-1]}")
@@ -122,14 +122,14 @@ def _train(config: Config, world: World, lock: RunLock, *, resume: bool) -> dict
         else:
             logger.log(0, _eval_metrics(summary["base"]), kind="eval")
         if trainer.step_index < config.trainer.num_steps:
-            summary = data | {"base": summary["base"]}  # the rest tells of other weights
+            for name in ("trained", "model_step"):  # of a shorter run
+                summary.pop(name, None)
             _write_summary(run_dir, summary, world)
         _loop(config, setup, trainer, logger, watch, interrupt, lock)
         if "trained" not in summary:
             logger.message("evaluating the trained model")
-            trained = setup.evaluate(interrupt, version=trainer.step_index)
-            logger.log(trainer.step_index, _eval_metrics(trained), kind="eval")
-            summary |= {"trained": trained}
+            summary["trained"] = setup.evaluate(interrupt, version=trainer.step_index)
+            logger.log(trainer.step_index, _eval_metrics(summary["trained"]), kind="eval")
     world.broadcast(lock.check)
     _write_results(config, setup, summary)
     return summary
@@ -281,9 +281,12 @@ def evaluate_model(config: Config, model_path: str) -> dict:
         Setup(config, model_path, world) as setup,
         Interrupt(world) as interrupt,
     ):
+        results = setup.evaluate(interrupt, version=0)
+        warning = Watch(config.data.answer_pattern).of_evaluation(results)
         if world.is_main:
-            print(*setup.data.reports, sep="\n", file=sys.stderr, flush=True)
-        return setup.evaluate(interrupt, version=0) | {"data": _row_counts(setup.data.reports)}
+            told = filter(None, (*setup.data.reports, warning))
+            print(*told, sep="\n", file=sys.stderr)
+        return results | {"data": _row_counts(setup.data.reports)}
 
 
 def _row_counts(reports: Sequence[LoadReport]) -> list[dict]:
@@ -374,7 +377,7 @@ class Setup:
                 max_response_length=self.config.rollout.max_response_length,
                 seed=self.config.seed * self.world.size + self.world.rank,
             )
-        return summarize(self.world.all_gather(answers))
+        return summarize(self.world.all_gather(answers)) | {"grader": self.rewarder.info()}
 
 
 def _check_length(config: Config, model_path: Path | str) -> None:

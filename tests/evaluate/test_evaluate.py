@@ -1,13 +1,15 @@
 """Accuracy figures against worked examples."""
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 import pytest
 
 from prefix_rft.config.sections import EvalConfig
-from prefix_rft.evaluate.answers import answer
+from prefix_rft.evaluate.answers import Answers, answer
 from prefix_rft.evaluate.statistics import bootstrap_interval, pass_at_k, summarize
+from prefix_rft.reward import RewardError, Score
 from tests.tiny import make_trainer
 
 
@@ -46,3 +48,38 @@ def test_figures_of_an_evaluation() -> None:
     assert results["statuses"] == {"correct": 12, "wrong": 4}
     assert 0 < results["response_length_mean"] <= 12
     assert 0 <= results["truncated_frac"] <= 1
+
+
+def answers_with(rewards: Sequence[float | None], least: float = 1.0) -> Answers:
+    """Greedy is the first of them."""
+    scores = [
+        Score(
+            reward=reward,
+            status="no_reward" if reward is None else "correct" if reward >= least else "wrong",
+        )
+        for reward in rewards
+    ]
+    k = len(scores)
+    return Answers(greedy=scores[0], scores=tuple(scores), lengths=(5,) * k, truncated=(False,) * k)
+
+
+@pytest.mark.parametrize(("least", "accuracy", "passed"), [(1.0, 0.0, 0.0), (0.5, 0.25, 1.0)])
+def test_correct_means_one_thing(least: float, accuracy: float, passed: float) -> None:
+    results = summarize([answers_with([0.9, 0.0, 0.0, 0.0], least)] * 3)
+    assert results["greedy"] == results["pass@4"] == passed
+    assert results["avg@4"] == accuracy
+    assert results["statuses"].get("correct", 0) == 12 * accuracy
+    assert results["reward_mean"] == pytest.approx(0.225)
+    assert "reward_mean" not in summarize([answers_with([1.0, 0.0])])
+
+
+def test_answers_without_a_reward_take_no_part() -> None:
+    problems = [[1.0, None, 0.0, None], [None, None, None, 1.0], [None] * 4, [0.0] * 4]
+    results = summarize(list(map(answers_with, problems)))
+    assert results["num_problems"] == 4
+    assert results["greedy"] == 1 / 2
+    assert results["avg@4"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert results["pass@4"] == pytest.approx(2 / 3)
+    assert results["statuses"] == {"correct": 2, "no_reward": 9, "wrong": 5}
+    with pytest.raises(RewardError, match="no reward for any answer to 2 held-out problems"):
+        summarize([answers_with([None, None])] * 2)

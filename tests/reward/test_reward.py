@@ -51,7 +51,7 @@ def test_math_scores_and_their_counts():
     statuses = ["correct", "wrong", "no_answer", "no_answer", "timeout", "correct", "wrong"]
     assert [score.status for score in scores] == statuses
     assert [score.reward for score in scores] == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
-    counts = {"correct": 2, "wrong": 2, "no_answer": 2, "timeout": 1, "error": 0}
+    counts = {"correct": 2, "wrong": 2, "no_answer": 2, "timeout": 1, "error": 0, "no_reward": 0}
     assert count_statuses(scores) == counts
 
 
@@ -172,6 +172,23 @@ def test_an_exception_of_a_users_function_comes_through_with_a_note(user_module)
         function_rewarder("fails:f").score(["a"], [make_problem("1")])
     note = "raised by reward.function 'fails:f', which was called as f(completions, **columns)"
     assert caught.value.__notes__ == [note]
+
+
+@pytest.mark.parametrize(("least", "correct"), [(1.0, [0, 0, 1, 1]), (0.5, [0, 1, 1, 1])])
+def test_a_graded_reward_is_correct_from_a_threshold_on(user_module, least, correct):
+    user_module("graded", "def f(completions, **columns):\n    return [0.4, 0.9, 1.0, 2]\n")
+    rewarder = Rewarder(RewardConfig(function="graded:f", correct_reward=least), "boxed")
+    scores = rewarder.score(["a"] * 4, [make_problem("1")] * 4)
+    assert [score.reward for score in scores] == [0.4, 0.9, 1.0, 2.0]
+    assert [score.status == "correct" for score in scores] == [bool(c) for c in correct]
+    assert rewarder.info() == {"function": "graded:f", "correct_reward": least}
+
+
+def test_a_summary_names_the_versions_and_choices_of_the_grader():
+    with Rewarder(RewardConfig(num_workers=1), "####") as rewarder:
+        info = rewarder.info()
+    assert info["answer_pattern"] == "####" and info["relative_tolerance"] == 1e-6
+    assert info["math-verify"].count(".") == 2 and info["rules"] >= 1
 
 
 @pytest.mark.parametrize(
