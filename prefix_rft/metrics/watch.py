@@ -6,12 +6,12 @@ from typing import Any
 UNANSWERED_STEPS = 3  # steps in a row without an advantage and mostly without an answer
 EQUAL_STEPS = 10  # steps in a row without an advantage, for whatever reason
 UNANSWERED_FRACTION = 0.5  # of the rollouts of a step
-UNANSWERED_BASE_FRACTION = 0.9  # of the base's responses, some of which are enough to learn from
+UNANSWERED_EVAL_FRACTION = 0.9  # of the responses; a tenth of a base's is enough to learn from
 EXAMPLE_CHARS = 160
 
 
 class Watch:
-    """Looks at the results of the base and at each step, and warns once for each reason.
+    """Looks at evaluations and at each step, and warns once for each reason.
 
     Args:
         answer_pattern: how a text gives its answer, see `data.answer_pattern`.
@@ -22,13 +22,13 @@ class Watch:
         self._unanswered = _Streak(UNANSWERED_STEPS)
         self._equal = _Streak(EQUAL_STEPS)
 
-    def of_base(self, results: Mapping[str, Any]) -> str | None:
-        """The warning where almost no response of the base has an answer."""
+    def of_evaluation(self, results: Mapping[str, Any]) -> str | None:
+        """The warning where almost no response has an answer."""
         statuses = results["statuses"]
         fraction = statuses.get("no_answer", 0) / max(sum(statuses.values()), 1)
-        if fraction < UNANSWERED_BASE_FRACTION:
+        if fraction < UNANSWERED_EVAL_FRACTION:
             return None
-        seen = f"{fraction:.0%} of the base model's responses have no answer"
+        seen = f"{fraction:.0%} of the evaluated responses have no answer"
         return self._no_answer(seen, results["truncated_frac"])
 
     def of_step(self, metrics: Mapping[str, float], sample: Mapping[str, Any]) -> str | None:

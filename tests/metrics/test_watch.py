@@ -69,12 +69,12 @@ def test_equal_rewards_are_warned_of_once(reward: float) -> None:
     assert when == EQUAL_STEPS and f"mean is {reward:g}," in text and "\n" not in text
 
 
-def test_a_base_without_answers_is_warned_of() -> None:
+def test_an_evaluation_without_answers_is_warned_of() -> None:
     def warning(no_answer: int, wrong: int) -> str | None:
         statuses = {"no_answer": no_answer, "wrong": wrong}
-        return Watch("####").of_base({"statuses": statuses, "truncated_frac": 0.25})
+        return Watch("####").of_evaluation({"statuses": statuses, "truncated_frac": 0.25})
 
-    assert "95% of the base model's responses have no answer. The grader looks for '####'" in (
+    assert "95% of the evaluated responses have no answer. The grader looks for '####'" in (
         warning(95, 5) or ""
     )
     assert warning(80, 20) is None and warning(0, 100) is None
@@ -128,7 +128,7 @@ def test_a_run_without_answers_tells_it_from_the_base_on(tmp_path: Path, capsys)
     train(config)
     lines = capsys.readouterr().out.splitlines()
     warnings = [line for line in lines if line.startswith("warning: ")]
-    assert "100% of the base" in warnings[0] and "the last 3 steps" in warnings[1]
+    assert "100% of the evaluated" in warnings[0] and "the last 3 steps" in warnings[1]
     assert len(warnings) == 2
     [first] = [line for line in lines if line.startswith("step 1/")]
     assert "no answer 1.00" in first and "grader errors" not in first

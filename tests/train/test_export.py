@@ -100,6 +100,7 @@ def test_a_run_whose_model_cannot_be_written_keeps_its_results(
     with monkeypatch.context() as patched:
         patched.setattr(run_module.Setup, "evaluate", fail)  # it has been done
         assert train(config, resume=True) == summary | {"model_step": 2}
+    assert summary.keys() == {"data", "base", "trained"}
     export_checkpoint(config.run_dir, None, tmp_path / "out")
     for folder in (config.run_dir / "model", tmp_path / "out"):
         assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
