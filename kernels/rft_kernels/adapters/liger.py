@@ -296,11 +296,13 @@ def patch() -> Patch:
     Raises:
         ImportError: Liger, or a name expected in it, is missing.
     """
-    function = "LigerFusedLinearGRPOFunction"
+    chunked = "liger_kernel.chunked_loss"
+    function = LigerFusedLinearGRPOFunction
     return install(
         "liger_kernel",
         {
             "liger_kernel.transformers.grpo_loss:triton_grpo_loss": triton_grpo_loss,
-            f"liger_kernel.chunked_loss.grpo_loss:{function}": LigerFusedLinearGRPOFunction,
+            f"{chunked}.grpo_loss:{function.__name__}": function,
+            f"{chunked}.functional:liger_fused_linear_grpo": function.apply,
         },
     )

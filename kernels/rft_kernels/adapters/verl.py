@@ -17,13 +17,15 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
     Args:
         logits: [..., V].
-        labels: [...]; -100 gives 0.
+        labels: as many as rows, in any shape (verl passes [1, T] with logits [T, V]); -100 gives 0.
         inplace_backward: the backward writes the gradient over `logits`; whatever else needs their
             values then (an entropy with a gradient) raises, so pass False there, as verl does.
     Raises:
         TypeError, ValueError: as `token_stats`.
     Differentiable once in `logits`.
     """
+    rows = logits.shape[:-1]
+    labels = labels.reshape(rows if labels.numel() == rows.numel() else -1)
     return token_stats(logits, labels, inplace_backward=inplace_backward).log_probs
 
 

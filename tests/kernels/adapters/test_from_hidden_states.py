@@ -1,5 +1,6 @@
 """The adapters from hidden states against the libraries whose signatures they have."""
 
+import importlib
 import importlib.util
 import inspect
 import os
@@ -340,6 +341,20 @@ def test_liger_patch_reaches_modules_built_before(liger_grpo, monkeypatch):
         assert len(calls) == 1
     liger_outcome(lambda **_: built, {})
     assert len(calls) == 1 and liger_grpo.LigerFusedLinearGRPOFunction is own
+
+
+@pytest.mark.parametrize("imported_first", [True, False])
+def test_liger_patch_reaches_the_functional_form(liger_grpo, imported_first, monkeypatch):
+    name = "liger_kernel.chunked_loss.functional"
+    own = liger_grpo.LigerFusedLinearGRPOFunction.apply
+    if not imported_first:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    before = importlib.import_module(name) if imported_first else None
+    with liger.patch():
+        module = importlib.import_module(name)
+        assert module.liger_fused_linear_grpo is liger.LigerFusedLinearGRPOFunction.apply
+    assert module.liger_fused_linear_grpo == own
+    assert before in (None, module)
 
 
 @pytest.fixture(params=["verl's own", "as documented"])

@@ -413,6 +413,18 @@ def test_verl_functions(verl_functional):
         assert pairs[0] == pairs[1]
 
 
+@pytest.mark.parametrize("shape", [(1, B * L), (B, L), (B * L,)])
+def test_verl_labels_of_another_shape(shape):
+    """verl's actor without padding passes labels [1, T] with logits [T, V]."""
+    logits, labels = example()
+    rows = logits.view(-1, V)
+    found = verl.logprobs_from_logits(rows, labels.view(shape), inplace_backward=False)
+    expected = token_stats(logits, labels).log_probs.flatten()
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"targets must have shape \[21\], got \[20\]"):
+        verl.logprobs_from_logits(rows, labels.flatten()[1:])
+
+
 def test_verl_inplace_backward_refuses_who_needs_the_logits_still():
     leaf, labels = example()
     logits = leaf * 1
