@@ -101,7 +101,7 @@ def report_html(
     name: str,
     records: Sequence[Mapping[str, Any]],
     groups: Sequence[Mapping[str, Any]],
-    summary: Mapping[str, Mapping[str, Any]],
+    summary: Mapping[str, Any],
     config_text: str,
 ) -> str:
     """The page; every argument may be empty."""
@@ -165,7 +165,7 @@ def _values(records: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return [record[name] for record in records if record.get(name) is not None]
 
 
-def _results(summary: Mapping[str, Mapping[str, Any]]) -> str:
+def _results(summary: Mapping[str, Any]) -> str:
     rows = result_rows(summary)
     if not rows:
         return ""

@@ -6,7 +6,7 @@ from typing import Any
 COLUMNS = ("held-out", "base", "trained", "change")
 
 
-def result_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows of COLUMNS from summary.json's `base` and `trained`; what is missing is an empty text.
 
     Accuracies and shares, in [0, 1], come out as percent with their 95% interval, their change in

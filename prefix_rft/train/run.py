@@ -130,8 +130,15 @@ def _train(config: Config, world: World, lock: RunLock, *, resume: bool) -> dict
             logger.message("evaluating the trained model")
             summary["trained"] = setup.evaluate(interrupt, version=trainer.step_index)
             logger.log(trainer.step_index, _eval_metrics(summary["trained"]), kind="eval")
-    world.broadcast(lock.check)
-    _write_results(config, setup, summary)
+        world.broadcast(lock.check)
+        _write_summary(run_dir, summary, world)  # before anything else that can fail
+    try:
+        if world.is_main:
+            write_report(run_dir)
+    finally:
+        export(setup.policy.model, setup.tokenizer, run_dir / MODEL_FOLDER, world)
+    summary["model_step"] = config.trainer.num_steps
+    _write_summary(run_dir, summary, world)
     return summary
 
 
@@ -152,19 +159,6 @@ def _notices(
         told = (f"{key} {before!r} -> {now!r}" for key, (before, now) in changes.items())
         notices.append(f"changed since the run began: {', '.join(told)}")
     return notices
-
-
-def _write_results(config: Config, setup: "Setup", summary: dict) -> None:
-    """Summary and report, then the model, and in the summary that it is there. Collective."""
-    run_dir, world = config.run_dir, setup.world
-    _write_summary(run_dir, summary, world)
-    try:
-        if world.is_main:
-            write_report(run_dir)
-    finally:
-        export(setup.policy.model, setup.tokenizer, run_dir / MODEL_FOLDER, world)
-    summary["model_step"] = config.trainer.num_steps
-    _write_summary(run_dir, summary, world)
 
 
 def _open_run(config: Config, resume: bool) -> tuple[dict, list[Path]]:

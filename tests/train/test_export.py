@@ -115,6 +115,15 @@ def test_a_report_that_fails_does_not_cost_the_model(config, monkeypatch) -> Non
     assert (config.run_dir / "model/model.safetensors").is_file()
 
 
+def test_an_engine_that_cannot_be_closed_does_not_cost_the_results(config, monkeypatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module.Setup, "__exit__", fail)
+        with pytest.raises(OSError, match="No space"):
+            train(config)
+    assert "trained" in json.loads((config.run_dir / "summary.json").read_text())
+    assert "model_step" in train(config, resume=True)
+
+
 def test_a_longer_run_is_not_finished_by_the_model_of_the_shorter_one(config, monkeypatch) -> None:
     shorter = train(config)
     longer = replace(config, trainer=replace(config.trainer, num_steps=3))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from prefix_rft.checks import ConfigError, UserError
 from prefix_rft.config import Config, load_config, packages, save_config
 from prefix_rft.train.checkpoint import CheckpointError
-from prefix_rft.train.run import evaluate_model, export_checkpoint, train
+from prefix_rft.train.run import _open_run, evaluate_model, export_checkpoint, train
 from tests.tiny import make_run
 
 
@@ -195,6 +195,27 @@ def test_what_has_changed_is_told_and_the_base_measured_again(config, capsys) ->
     )
     summary = train(other, resume=True)
     assert "avg@3" in summary["base"] and "avg@3" in summary["trained"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_kept"),
+    [
+        ({}, True),
+        ({"trainer": {"checkpoint_every": 3}}, True),
+        ({"seed": 1}, False),
+        ({"eval": {"num_samples": 3}}, False),
+    ],
+)
+def test_results_of_the_base_are_kept_while_they_hold(config, changes, is_kept) -> None:
+    """Of a run that was stopped before its first checkpoint."""
+    config.run_dir.mkdir()
+    save_config(config, config.run_dir / "config.toml")
+    (config.run_dir / "summary.json").write_text('{"base": {}}')
+    for name, value in changes.items():
+        new = replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        config = replace(config, **{name: new})
+    assert _open_run(config, resume=True) == ({"base": {}} if is_kept else {}, [])
+    assert _open_run(config, resume=False) == ({}, [])
 
 
 @pytest.mark.parametrize(
