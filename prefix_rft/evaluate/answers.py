@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from prefix_rft.config import EvalConfig
 from prefix_rft.data_types import Completion, Problem, RolloutRequest
-from prefix_rft.reward import Rewarder, Score
+from prefix_rft.reward import Rewarder, Score, response_text
 from prefix_rft.rollout import RolloutEngine
 
 
@@ -41,7 +41,7 @@ def answer(
             seed=seed,
             weights_version=engine.weights_version,
         )
-        texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+        texts = [response_text(tokenizer, completion) for completion in completions]
         return completions, rewarder.score(texts, [p for p in problems for _ in range(copies)])
 
     _, greedy = run(1, 0.0)

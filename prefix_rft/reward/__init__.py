@@ -2,6 +2,7 @@
 
 from prefix_rft.reward.answers import plain_number
 from prefix_rft.reward.grader import Grader, RewardError
+from prefix_rft.reward.response import response_text
 from prefix_rft.reward.reward import Rewarder, Score
 from prefix_rft.reward.scoring import Scoring
 from prefix_rft.reward.spelling import clean_answer
@@ -14,4 +15,5 @@ __all__ = [
     "Scoring",
     "clean_answer",
     "plain_number",
+    "response_text",
 ]

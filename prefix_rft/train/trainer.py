@@ -40,7 +40,7 @@ from prefix_rft.metrics import (
     throughput,
 )
 from prefix_rft.model import Policy, World, end_of_response_id, full_tensor
-from prefix_rft.reward import Rewarder, Scoring
+from prefix_rft.reward import Rewarder, Scoring, response_text
 from prefix_rft.rollout import RolloutEngine, serving
 from prefix_rft.train.checkpoint import CheckpointWriter, TrainerState, load_checkpoint
 from prefix_rft.train.interrupt import Interrupt
@@ -181,8 +181,8 @@ class Trainer:
         with Scoring(self.rewarder, problems) as scoring:
 
             def score(index: int, completion: Completion) -> None:
-                ids = requests[index].prefix_ids + completion.token_ids
-                texts[index] = self.tokenizer.decode(ids, skip_special_tokens=True)
+                prefix_ids = requests[index].prefix_ids
+                texts[index] = response_text(self.tokenizer, completion, prefix_ids)
                 scoring.add(index, texts[index])
 
             for i, request in enumerate(requests):
