@@ -133,3 +133,21 @@ def test_a_run_holds_its_folder_and_others_may_read_it(tmp_path: Path, monkeypat
         write_report(config.run_dir)
         evaluate_model(config, str(config.run_dir / "model"))
     assert "trained" in json.loads((config.run_dir / "summary.json").read_text())
+
+
+def test_a_run_that_has_lost_its_folder_writes_nothing_more(tmp_path: Path, monkeypatch) -> None:
+    config = make_run(tmp_path, trainer={"checkpoint_every": 0}, log={"tensorboard": False})
+    steps_left = iter(range(2))
+
+    def check(self) -> None:
+        if next(steps_left, None) is None:
+            raise LockedError("taken over")
+
+    monkeypatch.setattr(RunLock, "check", check)
+    with pytest.raises(LockedError, match="taken over"):
+        train(config)
+    names = {path.name for path in config.run_dir.iterdir()}
+    assert not names & {"model", "report.html", "checkpoints"}
+    assert "trained" not in json.loads((config.run_dir / "summary.json").read_text())
+    records = (config.run_dir / "metrics.jsonl").read_text()
+    assert records.count('"kind": "train"') == 3
