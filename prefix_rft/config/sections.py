@@ -206,6 +206,10 @@ class RewardConfig:
     function: str | None = None
     # smallest reward of a correct response; the math grader gives 1 and 0
     correct_reward: float = 1.0
+    retries: NonNegativeInt = 0  # further calls of `function` after one that raised an exception
+    retry_wait_s: NonNegativeFloat = 1.0  # seconds before the first retry, doubled for each next
+    # None of `function` means no reward: the rollout is left out of everything. False: an error
+    allow_none: bool = False
     num_workers: PositiveInt = 2  # grader processes
     timeout_s: PositiveFloat = 5.0  # seconds per answer; then the worker is killed and replaced
     # address space of a worker beyond its start-up size

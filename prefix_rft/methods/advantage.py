@@ -27,17 +27,10 @@ def group_advantages(
 
     `joint`: A = R - mean of all rewards, prefix included. `exclude_hybrid`: the mean is that of the
     ordinary rollouts; a hybrid's continuation has A = R, its prefix R - that mean. A group whose
-    rewards are all equal has A = 0 everywhere, whatever the baseline.
-
-    Raises:
-        ValueError: fewer than two rollouts, or no ordinary one.
+    rewards are all equal, or in which none is left for the baseline, has A = 0 everywhere.
     """
-    if len(rewards) < 2 or all(is_hybrid):
-        raise ValueError(
-            f"rewards: expected a group of at least 2 rollouts, one of them ordinary, got "
-            f"{len(rewards)} with {sum(is_hybrid)} hybrid"
-        )
-    if len(set(rewards)) == 1:
+    has_baseline = baseline == "joint" or not all(is_hybrid)
+    if len(set(rewards)) <= 1 or not has_baseline:
         return [Advantage(0.0, 0.0)] * len(rewards)
 
     if baseline == "joint":

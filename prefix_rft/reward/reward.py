@@ -1,13 +1,17 @@
 """Rewards: a response and its problem -> a number and a status."""
 
 import importlib
+import logging
 import math
 import numbers
 import os
 import sys
+import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Self, get_args
 
 from prefix_rft.config import RewardConfig
@@ -15,7 +19,9 @@ from prefix_rft.data_types import Problem, RewardStatus
 from prefix_rft.reward.grader import Grader, RewardError, extract_answer, grader_info
 from prefix_rft.reward.spelling import clean_answer
 
-RewardFunction = Callable[..., Sequence[float]]
+RewardFunction = Callable[..., Sequence[float | None]]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,19 +176,44 @@ class Rewarder:
         }
         columns["prompts"] = [problem.prompt for problem in problems]
         columns["answer"] = [problem.answer for problem in problems]
-        try:
-            rewards = function(completions=list(completions), **columns)
-        except BaseException as error:
-            error.add_note(f"raised by {name}, which was called as f(completions, **columns)")
-            raise
+        rewards = self._call(name, function, completions, columns)
         if not hasattr(rewards, "__len__") or len(rewards) != len(completions):
             got = f"{len(rewards)}" if hasattr(rewards, "__len__") else f"{rewards!r:.100}"
             raise RewardError(f"{name}: expected a list of {len(completions)} rewards, got {got}")
         for i, reward in enumerate(rewards):
+            if reward is None and self._config.allow_none:
+                continue
             if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
                 raise RewardError(f"{name}: expected a finite number, got {reward!r} at {i}")
-        least = self._config.correct_reward
-        return [
-            Score(reward=float(reward), status="correct" if reward >= least else "wrong")
-            for reward in rewards
-        ]
+        return [self._score(reward) for reward in rewards]
+
+    def _score(self, reward: float | None) -> Score:
+        if reward is None:
+            return Score(reward=None, status="no_reward")
+        is_correct = reward >= self._config.correct_reward
+        return Score(reward=float(reward), status="correct" if is_correct else "wrong")
+
+    def _call(
+        self,
+        name: str,
+        function: RewardFunction,
+        completions: Sequence[str],
+        columns: Mapping[str, list[Any]],
+    ) -> Sequence[float | None]:
+        """The function's rewards, after `reward.retries` further calls at most.
+
+        Raises:
+            RewardError: the last call raised an exception; its traceback is below the first line.
+        """
+        for retry in count():
+            try:
+                return function(completions=list(completions), **columns)
+            except Exception as error:  # whatever the user's code raises
+                first_line = str(error).partition("\n")[0]
+                told = f"{name} raised {type(error).__name__}: {first_line}"
+                if retry == self._config.retries:
+                    trace = "".join(traceback.format_exception(error)).rstrip()
+                    raise RewardError(f"{told}\n\n{trace}") from error
+                wait_s = self._config.retry_wait_s * 2**retry
+                _log.warning("%s; calling it again in %g s", told, wait_s)
+                time.sleep(wait_s)

@@ -161,6 +161,9 @@ class Trainer:
                 shard = self.generate(self.world.shard(planned), step_metrics)
         with step_metrics.phase("wait"):  # for the slowest rank
             rollouts = self.world.all_gather(shard)
+        if config.reward.allow_none:
+            num_planned, num_scored = sum(map(len, plans)), sum(map(len, rollouts))
+            step_metrics.mean("grader/no_reward_frac", num_planned - num_scored, num_planned)
         return [
             Group(problem=problem, rollouts=rollouts)
             for problem, rollouts in zip(problems, rollouts, strict=True)
@@ -171,7 +174,7 @@ class Trainer:
         planned: Sequence[tuple[Problem, list[RolloutRequest]]],
         step_metrics: StepMetrics,
     ) -> list[tuple[Rollout, ...]]:
-        """The scored rollouts of each group that is planned."""
+        """The rollouts of each group that is planned, without those that got no reward."""
         config, step = self.config, self.step_index
         requests = [request for _, plan in planned for request in plan]
         problems = [problem for problem, plan in planned for _ in plan]
@@ -201,7 +204,9 @@ class Trainer:
             with step_metrics.phase("reward"):  # of what is still to be graded
                 scores = scoring.scores()
         rollouts = iter(
-            Rollout(
+            None
+            if score.reward is None
+            else Rollout(
                 prompt_ids=request.prompt_ids,
                 response_ids=request.prefix_ids + completion.token_ids,
                 prefix_length=len(request.prefix_ids),
@@ -215,7 +220,7 @@ class Trainer:
                 requests, completions, texts, scores, strict=True
             )
         )
-        return [tuple(islice(rollouts, len(plan))) for _, plan in planned]
+        return [tuple(filter(None, islice(rollouts, len(plan)))) for _, plan in planned]
 
     def pack(self, mini_batch: MiniBatch, step_metrics: StepMetrics) -> TrainBatch:
         """The rows in tensors; where the policy moves within the step, with its log-probs before.

@@ -40,7 +40,18 @@ def test_joint_advantages_sum_to_zero(rewards: list[float]) -> None:
     assert total == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("is_hybrid", [[False], [True, True]])
-def test_group_needs_company_and_an_ordinary_rollout(is_hybrid: list[bool]) -> None:
-    with pytest.raises(ValueError, match="a group of at least 2 rollouts, one of them ordinary"):
-        group_advantages([1.0] * len(is_hybrid), is_hybrid)
+@pytest.mark.parametrize(
+    ("rewards", "is_hybrid", "baseline", "expected"),
+    [
+        ([], [], "joint", []),
+        ([1.0], [False], "joint", [0.0]),
+        ([1.0], [True], "exclude_hybrid", [0.0]),
+        ([1.0, 0.0], [True, True], "exclude_hybrid", [0.0, 0.0]),
+        ([1.0, 0.0], [True, True], "joint", [0.5, -0.5]),
+    ],
+)
+def test_what_is_left_of_a_group_without_some_rewards(
+    rewards: list[float], is_hybrid: list[bool], baseline: str, expected: list[float]
+) -> None:
+    advantages = group_advantages(rewards, is_hybrid, baseline=baseline)
+    assert advantages == [Advantage(a, a) for a in expected]

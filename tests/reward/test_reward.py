@@ -166,12 +166,63 @@ def test_a_nan_reward_is_named_with_its_place(user_module):
         function_rewarder("gives_nan:f").score(["a", "b"], [make_problem("1")] * 2)
 
 
-def test_an_exception_of_a_users_function_comes_through_with_a_note(user_module):
+def test_an_exception_of_a_users_function_is_one_line_above_its_traceback(user_module):
     user_module("fails", "def f(completions, **columns):\n    return {}['missing']\n")
-    with pytest.raises(KeyError, match="missing") as caught:
+    with pytest.raises(RewardError) as caught:
         function_rewarder("fails:f").score(["a"], [make_problem("1")])
-    note = "raised by reward.function 'fails:f', which was called as f(completions, **columns)"
-    assert caught.value.__notes__ == [note]
+    line, blank, *below = str(caught.value).split("\n")
+    assert line == "reward.function 'fails:f' raised KeyError: 'missing'"
+    assert blank == "" and below[0].startswith("Traceback") and "return {}['missing']" in str(below)
+
+
+FAILS_TWICE = """
+calls = []
+
+def f(completions, **columns):
+    calls.append(completions)
+    completions.clear()
+    if len(calls) <= 2:
+        raise ConnectionError("judge\\nis away")
+    return [1.0] * 2
+"""
+
+
+@pytest.mark.parametrize("retries", [1, 2])
+def test_a_function_that_raises_is_called_again(user_module, monkeypatch, caplog, retries):
+    name = user_module(f"fails_twice_{retries}", FAILS_TWICE)
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    config = RewardConfig(function=f"{name}:f", retries=retries, retry_wait_s=0.5)
+    rewarder, problems = Rewarder(config, "boxed"), [make_problem("1")] * 2
+    if retries == 2:
+        assert [score.reward for score in rewarder.score(["a", "b"], problems)] == [1.0, 1.0]
+    else:
+        with pytest.raises(RewardError, match=r"raised ConnectionError: judge\n\nTraceback"):
+            rewarder.score(["a", "b"], problems)
+    assert waits == [0.5, 1.0][:retries]
+    assert "raised ConnectionError: judge; calling it again in 0.5 s" in caplog.text
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_the_process_is_not_tried_again(user_module, error):
+    source = f"def f(completions, **columns):\n    raise {error.__name__}\n"
+    path = user_module(f"raises_{error.__name__}", source) + ":f"
+    rewarder = Rewarder(RewardConfig(function=path, retries=3, retry_wait_s=0), "boxed")
+    with pytest.raises(error):
+        rewarder.score(["a"], [make_problem("1")])
+
+
+@pytest.mark.parametrize("allow_none", [True, False])
+def test_none_is_no_reward_where_that_is_asked_for(user_module, allow_none):
+    user_module("gives_none", "def f(completions, **columns):\n    return [1.0, None]\n")
+    config = RewardConfig(function="gives_none:f", allow_none=allow_none)
+    rewarder, problems = Rewarder(config, "boxed"), [make_problem("1")] * 2
+    if allow_none:
+        scores = rewarder.score(["a", "b"], problems)
+        assert [(s.reward, s.status) for s in scores] == [(1.0, "correct"), (None, "no_reward")]
+    else:
+        with pytest.raises(RewardError, match="expected a finite number, got None at 1"):
+            rewarder.score(["a", "b"], problems)
 
 
 @pytest.mark.parametrize(("least", "correct"), [(1.0, [0, 0, 1, 1]), (0.5, [0, 1, 1, 1])])
