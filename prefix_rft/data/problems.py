@@ -37,13 +37,17 @@ class LoadedProblems(NamedTuple):
     reports: list[LoadReport]
 
 
-def load_problems(config: Config, tokenizer: PreTrainedTokenizerBase) -> LoadedProblems:
+def load_problems(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, trains: bool = True
+) -> LoadedProblems:
     """The training and the held-out problems of a run.
 
     Held out are at most `data.num_eval` problems of `data.eval_path`, evenly spaced. Without
     `data.eval_path` they are the last `data.num_eval` problems of `data.path`, or, for the testbed,
     as many that are generated separately.
 
+    Args:
+        trains: read the training problems; otherwise any number of rows can be held out.
     Raises:
         DataError: see `load_rows`, `problems_from_rows`, `split_held_out`.
     """
@@ -63,11 +67,12 @@ def load_problems(config: Config, tokenizer: PreTrainedTokenizerBase) -> LoadedP
 
     reports: list[LoadReport] = []
     made_rows: list[Row] = []
+    is_read = trains or (data.path != "testbed" and data.eval_path is None)
     if data.path == "testbed":
         rows, made_rows = make_rows(config.testbed, data.num_eval, config.seed)
-    else:
+    elif is_read:
         rows = load_rows(data.path, data.split)
-    train = tokenized(rows, source=data.path)
+    train = tokenized(rows, source=data.path) if is_read else []
     if data.eval_path is not None:
         rows = load_rows(data.eval_path, data.eval_split, key="data.eval_path")
         held_out = tokenized(rows, source=data.eval_path, held_out=True)
@@ -76,7 +81,10 @@ def load_problems(config: Config, tokenizer: PreTrainedTokenizerBase) -> LoadedP
     elif made_rows:
         held_out = tokenized(made_rows, source=f"{data.path}, held out", held_out=True)
     else:
-        train, held_out = split_held_out(train, data.num_eval)
+        if trains:
+            train, held_out = split_held_out(train, data.num_eval)
+        else:
+            train, held_out = [], train[-data.num_eval :]
         held_out = keep_demonstrations(held_out, 0.0, config.seed)
     train = keep_demonstrations(train, data.demonstration_fraction, config.seed)
     return LoadedProblems(train, held_out, reports)

@@ -476,6 +476,31 @@ def test_a_run_holds_out_its_last_rows(tokenizer, tmp_path):
     assert [kinds(report) for report in reports] == [{"no_answer": (1, 10)}]
 
 
+@pytest.mark.parametrize("num_eval", [4, 10, 128])
+def test_an_evaluation_may_ask_every_row(tokenizer, tmp_path, num_eval):
+    config = run_config(path=write_jsonl(tmp_path / "a.jsonl", flat(10)), num_eval=num_eval)
+    train, held_out, (report,) = load_problems(config, tokenizer, trains=False)
+    assert [p.index for p in held_out] == list(range(10))[-num_eval:] and not train
+    assert not any(p.demonstration_ids or p.demonstration for p in held_out)
+    assert report.num_problems == 10
+    if num_eval == 4:
+        assert held_out == load_problems(config, tokenizer).held_out
+    else:
+        with pytest.raises(DataError, match=r"data\.num_eval: expected fewer than the 10 usable"):
+            load_problems(config, tokenizer)
+
+
+def test_an_evaluation_reads_no_training_problems(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "eval.jsonl", flat(3))
+    config = run_config(path=str(tmp_path / "missing.jsonl"), eval_path=path)
+    train, held_out, (report,) = load_problems(config, tokenizer, trains=False)
+    assert not train and len(held_out) == 3 and report.source == path
+    config = config_from_dict({"data": {"num_eval": 5}, "testbed": {"num_train": 20}})
+    train, held_out, (report,) = load_problems(config, tokenizer, trains=False)
+    assert not train and held_out == load_problems(config, tokenizer).held_out
+    assert report.source == "testbed, held out"
+
+
 def test_a_run_with_held_out_problems_of_their_own(tokenizer, tmp_path):
     train_rows = [{"q": "1?", "gold": "1", "why": "so it is"}] * 3
     eval_rows = [{"problem": f"p{i}", "answer": str(i), "solution": "x"} for i in range(10)]
