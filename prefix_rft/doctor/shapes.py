@@ -16,7 +16,12 @@ from transformers import (
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import Config, model_at
 from prefix_rft.doctor.architectures import SIZES
-from prefix_rft.model import resolve_autocast_dtype, resolve_weight_dtypes
+from prefix_rft.model import (
+    adaptable_layers,
+    decoder_layers,
+    resolve_autocast_dtype,
+    resolve_weight_dtypes,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +137,6 @@ def _weights(model: PreTrainedModel) -> tuple[Weight, ...]:
 
 def _adapters(model: PreTrainedModel, rank: int, dtype: torch.dtype) -> tuple[Weight, ...]:
     """A and B of each layer that `lora.add_adapters` adapts; planning them does not need peft."""
-    body = set(model.get_decoder().layers.modules())
-    linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m in body}
-    if not linear:
-        raise ConfigError(f"model.lora_rank: {type(model).__name__} has no linear layers to adapt")
     return tuple(
         Weight(
             group=_layer(model, name) or "root",
@@ -143,14 +144,19 @@ def _adapters(model: PreTrainedModel, rank: int, dtype: torch.dtype) -> tuple[We
             itemsize=dtype.itemsize,
             is_trained=True,
         )
-        for name, layer in linear.items()
-        for shape in ((rank, layer.in_features), (layer.out_features, rank))
+        for name, layer in adaptable_layers(model).items()
+        for shape in _adapter_shapes(layer, rank)
     )
+
+
+def _adapter_shapes(layer: nn.Module, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    num_out, num_in = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape
+    return (rank, num_in), (num_out, rank)
 
 
 def _layer(model: PreTrainedModel, name: str) -> str | None:
     """The number of the decoder layer that contains a parameter or module; None: no layer."""
-    layers = f"{model.base_model_prefix}.layers."
+    layers = f"{decoder_layers(model)[0]}."
     return name.removeprefix(layers).split(".")[0] if name.startswith(layers) else None
 
 

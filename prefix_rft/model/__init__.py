@@ -1,5 +1,6 @@
 """The model as the trainer sees it, how it is loaded, sharded and written."""
 
+from prefix_rft.model.attention import check_micro_batches
 from prefix_rft.model.distributed import World, attempt, full_tensor
 from prefix_rft.model.loading import (
     export,
@@ -13,6 +14,7 @@ from prefix_rft.model.loading import (
     resolve_weight_dtypes,
     try_export,
 )
+from prefix_rft.model.lora import adaptable_layers, decoder_layers
 from prefix_rft.model.policy import Policy
 from prefix_rft.model.vocabulary import end_of_response_id, stop_token_ids, vocabulary_size
 from prefix_rft.model.weights import full_weights, weight_shapes
@@ -20,7 +22,10 @@ from prefix_rft.model.weights import full_weights, weight_shapes
 __all__ = [
     "Policy",
     "World",
+    "adaptable_layers",
     "attempt",
+    "check_micro_batches",
+    "decoder_layers",
     "end_of_response_id",
     "export",
     "full_tensor",

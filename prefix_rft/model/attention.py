@@ -11,11 +11,28 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from prefix_rft.checks import ConfigError
+
 LEAN_SDPA = "lean_sdpa"  # for `model.set_attn_implementation`
+
+
+def check_micro_batches(model: PreTrainedModel, micro_batch_tokens: int) -> None:
+    """Refuse micro-batches that are longer than the causal mask which some models keep.
+
+    Raises:
+        ConfigError: `model` is such a one, and cannot take so many tokens in one forward.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    has_mask = any(buffer.shape[-2:] == (limit, limit) for buffer in model.buffers())
+    if has_mask and micro_batch_tokens > limit:
+        raise ConfigError(
+            f"trainer.micro_batch_tokens: expected at most {limit}, the size of the causal mask "
+            f"that {type(model).__name__} keeps, got {micro_batch_tokens}"
+        )
 
 
 def lean_sdpa_forward(

@@ -29,7 +29,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import Config, ModelConfig, is_installed, require_package
 from prefix_rft.model.distributed import World
-from prefix_rft.model.lora import add_adapters
+from prefix_rft.model.lora import add_adapters, unadapted_weights
 from prefix_rft.model.policy import Policy
 from prefix_rft.model.weights import full_weights
 
@@ -103,8 +103,11 @@ def load_tokenizer(
             PreTrainedTokenizerFast if tokenizer_class in _GENERIC_TOKENIZERS else AutoTokenizer
         )
         tokenizer = loader.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise _not_found(path, "tokenizer", error) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab()):
+        # What transformers makes up for a folder that has the model only.
+        raise _not_found(path, "tokenizer", FileNotFoundError("it has no vocabulary"))
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path: the tokenizer of {path} has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
@@ -126,14 +129,24 @@ def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: Wor
     Raises:
         ConfigError: see `load_model` and `Policy`.
     """
-    autocast_dtype = resolve_autocast_dtype(config.model)
     options = {
         "temperature": config.rollout.temperature,
         "vocab_size": vocab_size,
-        "autocast_dtype": autocast_dtype,
+        "autocast_dtype": resolve_autocast_dtype(config.model),
     }
     if world.mesh is None:
-        return Policy(load_model(config.model, path, seed=config.seed), **options)
+        policy = Policy(load_model(config.model, path, seed=config.seed), **options)
+    else:
+        policy = _sharded_policy(config, path, world, options)
+    left = None if config.model.lora_rank is None else unadapted_weights(policy.model)
+    if left and world.is_main:
+        print(f"no LoRA adapter, and so no training, for {left}", flush=True)
+    return policy
+
+
+def _sharded_policy(
+    config: Config, path: str | Path, world: World, options: dict[str, Any]
+) -> Policy:
     device = resolve_device(config.model)
     offload = config.sharding.cpu_offload
     source: list[PreTrainedModel] = []  # one model on rank 0, empty elsewhere
@@ -178,6 +191,7 @@ def load_model(config: ModelConfig, path: str | Path, *, seed: int = 0) -> PreTr
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with their names
             trust_remote_code=False,
             **_architecture(config, path),
         )
@@ -186,6 +200,12 @@ def load_model(config: ModelConfig, path: str | Path, *, seed: int = 0) -> PreTr
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ConfigError(f"model.path: {path} lacks {len(missing)} weights, first {missing[0]}")
+    for name, *shapes in sorted(loading["mismatched_keys"]):
+        found, expected = map(list, shapes)
+        raise ConfigError(
+            f"model.path: {path} has {name} in shape {found}, its configuration needs {expected}; "
+            "learned positions end where they were trained, whatever model.max_position_embeddings"
+        )
     return _prepare(model.to(resolve_device(config)), config, seed=seed)
 
 
@@ -200,6 +220,13 @@ def load_model_config(config: ModelConfig, path: str | Path) -> PreTrainedConfig
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _not_found(path, "model", error) from error
+    quantized = getattr(model_config, "quantization_config", None)
+    if quantized is not None:
+        options = quantized if isinstance(quantized, dict) else quantized.to_dict()
+        raise ConfigError(
+            f"model.path: expected weights that can be trained, {path} is quantized "
+            f"({options.get('quant_method', 'by an unknown method')})"
+        )
     _require_causal_lm(model_config, path)
     _override(model_config.get_text_config(), config)
     return model_config

@@ -1,9 +1,12 @@
 """Low-rank adapters for a model's linear layers, except the head: y = W x + scale * B (A x)."""
 
+import re
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import require_package
@@ -27,11 +30,13 @@ def add_adapters(
     require_package("peft", "model.lora_rank")
     from peft import LoraConfig, inject_adapter_in_model
 
-    body = set(model.get_decoder().layers.modules())
-    names = [n for n, m in model.named_modules() if type(m) is nn.Linear and m in body]
-    if not names:
-        raise ConfigError(f"model.lora_rank: {type(model).__name__} has no linear layers to adapt")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
+    layers = adaptable_layers(model)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(layers),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
@@ -39,6 +44,47 @@ def add_adapters(
         layer.cast_input_dtype_enabled = False  # autocast casts, without a float32 copy
         layer.lora_A.to(dtype)
         layer.lora_B.to(dtype)
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The layers that a token passes one after the other, and their name in `model`.
+
+    Raises:
+        ConfigError: the model has no such list.
+    """
+    decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    children = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == count]
+    for name, module in model.named_modules():
+        if any(module is child for child in children):
+            return name, module
+    raise ConfigError(f"model.path: {type(model).__name__} has no list of {count} decoder layers")
+
+
+def adaptable_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linear layers within the decoder layers of `model`, by name.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    body = set(decoder_layers(model)[1].modules())
+    found = {n: m for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and m in body}
+    if not found:
+        raise ConfigError(f"model.lora_rank: {type(model).__name__} has no linear layers to adapt")
+    return found
+
+
+def unadapted_weights(model: PreTrainedModel) -> str | None:
+    """Which matrices of the decoder layers no adapter changes, in words; None: there are none.
+
+    The experts of a mixture are no linear layers.
+    """
+    body = {n: p for n, p in decoder_layers(model)[1].named_parameters() if not is_adapter(n)}
+    left = {n: p for n, p in body.items() if p.ndim > 1 and ".base_layer." not in n}
+    if not left:
+        return None
+    names = sorted({re.sub(r"\b\d+\.", "", name.removesuffix(".weight")) for name in left})
+    share = sum(p.numel() for p in left.values()) / sum(p.numel() for p in body.values())
+    return f"{', '.join(names)} ({share:.0%} of the weights of the decoder layers)"
 
 
 def adapted_weights(model: nn.Module) -> dict[int, nn.Module]:
@@ -61,7 +107,9 @@ def merged_weight(layer: nn.Module) -> torch.Tensor:
     down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
     if isinstance(down, DTensor):
         down = down.redistribute(placements=[Replicate()] * down.device_mesh.ndim)
-    return layer.base_layer.weight.to(up.dtype) + layer.scaling[_ADAPTER] * (up @ down)
+    change = layer.scaling[_ADAPTER] * (up @ down)
+    # A Conv1D holds its weight transposed.
+    return layer.base_layer.weight.to(up.dtype) + (change.T if layer.fan_in_fan_out else change)
 
 
 def _adapted(model: nn.Module) -> list[nn.Module]:

@@ -14,6 +14,7 @@ from prefix_rft.data_types import TrainBatch
 from prefix_rft.methods import TokenLoss
 from prefix_rft.model.attention import LEAN_SDPA
 from prefix_rft.model.distributed import gathered, shard_module
+from prefix_rft.model.lora import decoder_layers
 
 _MAX_LOGITS_DIFFERENCE = 0.05  # fraction of the largest logit; above what bfloat16 loses
 
@@ -143,7 +144,7 @@ class Policy(nn.Module):
         """Share the weights over the ranks of `mesh`: each decoder layer and an untied lm_head is
         gathered when it is needed, the rest once a forward.
         """
-        layers = self.model.get_decoder().layers
+        _, layers = decoder_layers(self.model)
         tied = self.lm_head.weight is self.model.get_input_embeddings().weight
         parts = [*layers] if tied else [*layers, self.lm_head]
         shard_module(self, parts, mesh, param_dtype=self.autocast_dtype, cpu_offload=cpu_offload)

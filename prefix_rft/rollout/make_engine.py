@@ -1,11 +1,12 @@
 """The engine that a configuration selects."""
 
+from dataclasses import replace
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.checks import require
-from prefix_rft.config import Config
+from prefix_rft.config import Config, DataConfig, RolloutConfig
 from prefix_rft.model import Policy, resolve_autocast_dtype, stop_token_ids, vocabulary_size
 from prefix_rft.rollout.engine import RolloutEngine
 from prefix_rft.rollout.server_token import read_token
@@ -56,6 +57,28 @@ def make_engine(
         pad_token_id=tokenizer.pad_token_id,
         autocast_dtype=policy.autocast_dtype,
         **shared,
+    )
+
+
+def fit_lengths(config: Config, limit: int | None) -> Config:
+    """`config` with its default lengths cut to `limit` tokens of prompt and response together.
+
+    A length that is not the default has been asked for, and stays.
+    """
+    if limit is None or max_sequence_length(config) <= limit:
+        return config
+    data, rollout = config.data, config.rollout
+    prompt, response = data.max_prompt_tokens, rollout.max_response_length
+    can_cut_response = response == RolloutConfig().max_response_length
+    asked = [0 if can_cut_response else response, config.eval.max_response_length or 0]
+    if prompt == DataConfig().max_prompt_tokens:
+        prompt = max(1, min(prompt, limit - (max(asked) or limit * 3 // 4)))
+    if can_cut_response:
+        response = max(2, min(response, limit - prompt))
+    return replace(
+        config,
+        data=replace(data, max_prompt_tokens=prompt),
+        rollout=replace(rollout, max_response_length=response),
     )
 
 

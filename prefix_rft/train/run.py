@@ -28,6 +28,7 @@ from prefix_rft.methods import find_method
 from prefix_rft.metrics import LogProbGapError, MetricsLogger, NoLogger, Watch, write_report
 from prefix_rft.model import (
     World,
+    check_micro_batches,
     export,
     host_config,
     load_model,
@@ -39,7 +40,7 @@ from prefix_rft.model import (
     vocabulary_size,
 )
 from prefix_rft.reward import Rewarder, RewardError
-from prefix_rft.rollout import EngineError, make_engine, max_sequence_length, serving
+from prefix_rft.rollout import EngineError, fit_lengths, make_engine, max_sequence_length, serving
 from prefix_rft.train.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -268,17 +269,25 @@ def _logger(config: Config, world: World, checkpoints: list[Path]) -> MetricsLog
 def evaluate_model(config: Config, model_path: str) -> dict:
     """Results of the model at `model_path`, a folder or hub id, on the held-out problems.
 
-    What the dataset's rows came to is told on stderr, and counted under "data".
+    What the dataset's rows came to is told on stderr, and counted under "data". Default lengths are
+    cut to what the model can take.
     """
+    fitting = fit_lengths(config, _position_limit(config, model_path))
     with (
         World(config.sharding, resolve_device(config.model)) as world,
-        Setup(config, model_path, world) as setup,
+        Setup(fitting, model_path, world, trains=False) as setup,
         Interrupt(world) as interrupt,
     ):
         results = setup.evaluate(interrupt, version=0)
         warning = Watch(config.data.answer_pattern).of_evaluation(results)
         if world.is_main:
-            told = filter(None, (*setup.data.reports, warning))
+            told = [*setup.data.reports, *filter(None, [warning])]
+            if fitting != config:
+                told.insert(
+                    0,
+                    f"cut to the model: data.max_prompt_tokens {fitting.data.max_prompt_tokens}, "
+                    f"rollout.max_response_length {fitting.rollout.max_response_length}",
+                )
             print(*told, sep="\n", file=sys.stderr)
         return results | {"data": _row_counts(setup.data.reports)}
 
@@ -319,12 +328,14 @@ def export_checkpoint(run_dir: Path, step: int | None, folder: Path) -> None:
 class Setup:
     """What training and evaluation share: data, tokenizer, policy, engine, rewarder."""
 
-    def __init__(self, config: Config, model_path: Path | str, world: World) -> None:
+    def __init__(
+        self, config: Config, model_path: Path | str, world: World, *, trains: bool = True
+    ) -> None:
         self.config = config
         self.world = world
         _check_length(config, model_path)
         self.tokenizer = load_tokenizer(model_path, config.model.chat_template)
-        self.data = load_problems(config, self.tokenizer)
+        self.data = load_problems(config, self.tokenizer, trains=trains)
         self.policy = load_policy(
             config, model_path, vocab_size=vocabulary_size(self.tokenizer), world=world
         )
@@ -343,8 +354,9 @@ class Setup:
         """In the state of step 0; its configuration knows the number of steps.
 
         Raises:
-            ConfigError: the method cannot learn from any problem.
+            ConfigError: the method cannot learn from any problem, or micro-batches are too long.
         """
+        check_micro_batches(self.policy.model, self.config.trainer.micro_batch_tokens)
         config, problems = _for_method(self.config, self.data.train)
         return Trainer(
             config,
@@ -374,9 +386,14 @@ class Setup:
         return summarize(self.world.all_gather(answers)) | {"grader": self.rewarder.info()}
 
 
-def _check_length(config: Config, model_path: Path | str) -> None:
+def _position_limit(config: Config, model_path: Path | str) -> int | None:
+    """The longest sequence that the model can take, in tokens; None: no limit."""
     text_config = load_model_config(config.model, model_path).get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None)
+    return getattr(text_config, "max_position_embeddings", None)
+
+
+def _check_length(config: Config, model_path: Path | str) -> None:
+    limit = _position_limit(config, model_path)
     longest = max_sequence_length(config)
     if limit is not None and longest > limit:
         raise ConfigError(

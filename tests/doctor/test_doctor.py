@@ -92,12 +92,19 @@ def test_a_plan_needs_neither_peft_nor_vllm_and_says_that_the_run_does(capsys, m
     assert "planned for cuda and bfloat16" in output and "counts: fits." in output
 
 
-@pytest.mark.parametrize("is_tied", [True, False])
-def test_planned_adapters_are_those_that_peft_makes(tmp_path, is_tied):
+@pytest.mark.parametrize(
+    ("model_type", "layers", "is_tied"),
+    [
+        ("qwen2", "model.layers", True),
+        ("qwen2", "model.layers", False),
+        ("gpt2", "transformer.h", True),
+    ],
+)
+def test_planned_adapters_are_those_that_peft_makes(tmp_path, model_type, layers, is_tied):
     pytest.importorskip("peft")
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": is_tied}
-    architecture = AutoConfig.for_model("qwen2", **sizes)
+    architecture = AutoConfig.for_model(model_type, **sizes)
     architecture.save_pretrained(tmp_path)
     config = config_from_dict({"model": {"path": str(tmp_path), "lora_rank": 3}})
     place = Place(device=torch.device("cuda"), device_bytes=2**30)
@@ -109,7 +116,7 @@ def test_planned_adapters_are_those_that_peft_makes(tmp_path, is_tied):
     add_adapters(model, rank=3, alpha=6.0, dtype=torch.float32, seed=0)
 
     def group(name: str) -> str:
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        layer = re.match(rf"{re.escape(layers)}\.(\d+)\.", name)
         return layer[1] if layer else "lm_head" if name.startswith("lm_head") else "root"
 
     assert planned == Counter(

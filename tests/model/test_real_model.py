@@ -111,3 +111,9 @@ def test_the_exported_model_loads_and_is_the_same(model, tokenizer, tmp_path) ->
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert load_tokenizer(tmp_path / "out", None).chat_template == tokenizer.chat_template
+
+
+def test_both_engines_agree_with_the_trainer(folder, measure) -> None:
+    found = measure("real", folder)
+    assert found["vllm_gap"] < 1e-3 and found["transformers_gap"] < 1e-3
+    assert found["vllm_greedy"] == found["transformers_greedy"]
