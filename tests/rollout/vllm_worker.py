@@ -332,6 +332,30 @@ def greedy_ids(completions: list[Completion]) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in completions]
 
 
+def real(found: dict, folder: Path) -> None:
+    """Log-probs of both engines and the trainer for a few tokens of the model in a folder."""
+    config = load_config("smollm2-gsm8k")
+    config = replace(
+        config,
+        model=replace(config.model, path=str(folder), device="cpu"),
+        rollout=replace(config.rollout, engine="vllm"),
+        vllm=VLLMConfig(enforce_eager=True, kv_cache_mib=128),
+    )
+    tokenizer = load_tokenizer(folder, None)
+    policy = load_policy(config, folder, vocab_size=len(tokenizer), world=World())
+    vllm = make_rollout_engine(config, policy, tokenizer)
+    alike = replace(config, rollout=replace(config.rollout, engine="transformers"))
+    transformers = make_rollout_engine(alike, policy, tokenizer)
+    chat = [{"role": "user", "content": "What is 2 + 2?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    requests = [RolloutRequest(prompt_ids=tuple(prompt), max_new_tokens=n) for n in (4, 8, 8)]
+    for name, engine in (("vllm", vllm), ("transformers", transformers)):
+        engine.update_weights(policy.model, 0)
+        sampled = generate(engine, requests, temperature=config.rollout.temperature)
+        found[f"{name}_gap"] = log_prob_gap(policy, requests, sampled)
+        found[f"{name}_greedy"] = greedy_ids(generate(engine, requests, temperature=0.0))
+
+
 def forget_killed_runs() -> None:
     """Remove the shared memory of vLLM's tensor-parallel ranks that killed runs left behind.
 
@@ -357,8 +381,8 @@ def many_digits(completions: list[str], **columns: object) -> list[float]:
 if __name__ == "__main__":
     scenario, out, *rest = sys.argv[1:]
     found: dict = {}
-    scenarios = {"engine": engine, "ranks": ranks, "server": server, "routes": routes, "run": run}
-    scenarios[scenario](found, *map(Path, rest))
+    scenarios = (engine, ranks, server, routes, real, run)
+    {each.__name__: each for each in scenarios}[scenario](found, *map(Path, rest))
     if int(os.environ.get("RANK", 0)) == 0:
         Path(out).write_text(json.dumps(found))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
