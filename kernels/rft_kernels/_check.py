@@ -1,5 +1,6 @@
 """Argument checks of the public functions: TypeError or ValueError, never a device read."""
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -41,7 +42,13 @@ def mask(name: str, value: Any, like: Tensor) -> None:
 
 
 def number(
-    name: str, value: Any, *, above: float | None = None, least: float | None = None
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    may_be_infinite: bool = False,
 ) -> None:
     """Refuses all but a real number (no bool, no NaN) within the bounds."""
     if not isinstance(value, Real) or isinstance(value, bool):
@@ -50,6 +57,10 @@ def number(
         raise ValueError(f"{name} must be greater than {above}, got {value}")
     if least is not None and not value >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if most is not None and not value <= most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+    if math.isnan(value) or (math.isinf(value) and not may_be_infinite):
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def integer(name: str, value: Any, *, least: int, most: int | None = None) -> None:
@@ -71,10 +82,17 @@ def readable(value: Tensor) -> bool:
 
 
 def rows(name: str, value: Any, like: Tensor) -> None:
-    """Indices [N]."""
+    """Indices [N] into the flattened `like`, each once."""
     tensor(name, value, dtypes=(torch.int64,), like=like)
     if value.dim() != 1:
         raise ValueError(f"{name} must have shape [N], got {list(value.shape)}")
+    if readable(value) and value.numel():
+        least, most = (int(x) for x in value.aminmax())
+        if least < 0 or most >= like.numel() or value.bincount().amax() > 1:
+            raise ValueError(
+                f"{name} must be different indices between 0 and {like.numel() - 1}, "
+                f"got {value.tolist() if value.numel() <= 8 else f'{least} to {most}'}"
+            )
 
 
 def targets(value: Tensor, valid: Tensor, vocab_size: int) -> None:
@@ -88,13 +106,17 @@ def targets(value: Tensor, valid: Tensor, vocab_size: int) -> None:
             )
 
 
-def temperature(value: Any, like: Tensor, shape: Sequence[int]) -> None:
-    """A number, or one value a row, above zero."""
+def temperature(value: Any, like: Tensor, valid: Tensor) -> None:
+    """A number, or one value a row, above zero and finite in rows that are `valid`."""
     if not isinstance(value, Tensor):
         return number("temperature", value, above=0)
-    tensor("temperature", value, shape=shape, like=like)
-    if readable(value) and not (value > 0).all():
-        raise ValueError(f"temperature must be greater than 0, got {float(value.min())}")
+    tensor("temperature", value, shape=valid.shape, like=like)
+    if readable(value):
+        wrong = valid & ~((value > 0) & value.isfinite())
+        if wrong.any():
+            raise ValueError(
+                f"temperature must be greater than 0 and finite, got {float(value[wrong][0])}"
+            )
 
 
 def normalizer(value: Any) -> None:
@@ -102,8 +124,8 @@ def normalizer(value: Any) -> None:
         return number("normalizer", value, above=0)
     if value.dim() != 0:
         raise ValueError(f"normalizer must be a number or 0-dim, got shape {list(value.shape)}")
-    if readable(value) and not value > 0:
-        raise ValueError(f"normalizer must be greater than 0, got {value.item()}")
+    if readable(value) and not 0 < value < math.inf:
+        raise ValueError(f"normalizer must be greater than 0 and finite, got {value.item()}")
 
 
 def cu_seqlens(value: Any, num_tokens: int, like: Tensor) -> None:

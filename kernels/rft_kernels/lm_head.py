@@ -4,6 +4,7 @@ All work is done inside forward, where hooks on the module (FSDP2's gathering of
 expect the weight to be used. T rows, V classes, D hidden size.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,6 +95,10 @@ class LMHead(_LossForward, nn.Linear):
 class _LoRAOperands(_LossForward):
     """A peft LoRA layer: h W^T + s (h A^T) B^T, the low-rank term of the ops."""
 
+    def __reduce__(self) -> tuple:
+        # Its class is made here and has no name to be found by.
+        return _new_lora_head, (type(self).__bases__[1],), vars(self)
+
     def _operands(self, hidden: Tensor) -> _Operands:
         base = self.base_layer
         if self.disable_adapters and self.merged:
@@ -110,6 +115,18 @@ class _LoRAOperands(_LossForward):
             inner.append(a(rows) * self.scaling[name])
             up.append(b.weight)
         return base.weight, base.bias, (torch.cat(inner, -1), torch.cat(up, -1))
+
+
+@cache
+def _lora_class(layer: type) -> type:
+    """Of a peft LoRA layer of class `layer`."""
+    return type(f"LMHead{layer.__name__}", (_LoRAOperands, layer), {})
+
+
+def _new_lora_head(layer: type) -> nn.Module:
+    """One without a state yet, as unpickling wants it."""
+    cls = _lora_class(layer)
+    return cls.__new__(cls)
 
 
 def patch_lm_head(
@@ -150,7 +167,7 @@ def _class_with_loss(head: nn.Module) -> type:
         return LMHead
     base = getattr(head, "base_layer", None)
     if hasattr(head, "lora_A") and type(base) in (nn.Linear, LMHead):
-        return type(f"LMHead{type(head).__name__}", (_LoRAOperands, type(head)), {})
+        return _lora_class(type(head))
     raise ValueError(
         "the lm_head of model must be an nn.Linear with its own forward, or a LoRA layer around "
         f"one, got {type(head).__name__}"

@@ -1,6 +1,7 @@
 """Every refusal names the argument, what was expected and what came."""
 
 import re
+from math import inf, nan
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ STATS = {
     "temperature must have shape [4], got [4, 1]": (
         (ValueError,), LOGITS, TARGETS, {"temperature": torch.ones(4, 1)},
     ),
-    "temperature must be greater than 0, got -1.0": (
+    "temperature must be greater than 0 and finite, got -1.0": (
         (ValueError,), LOGITS, TARGETS, {"temperature": torch.tensor([1.0, 2, -1, 1])},
     ),
     "row_mask must be torch.bool, got torch.int64": (
@@ -66,8 +67,18 @@ STATS = {
     "backend must be one of auto, torch, triton, got 'cuda'": (
         (ValueError,), LOGITS, TARGETS, {"backend": "cuda"},
     ),
-    "inplace_backward needs logits that do not repeat memory": (
+    "temperature must be finite, got inf": ((ValueError,), LOGITS, TARGETS, {"temperature": inf}),
+    "temperature must be greater than 0, got nan": (
+        (ValueError,), LOGITS, TARGETS, {"temperature": nan},
+    ),
+    "temperature must be greater than 0 and finite, got inf": (
+        (ValueError,), LOGITS, TARGETS, {"temperature": torch.tensor([1.0, 2, inf, 1])},
+    ),
+    "got strides [0, 1] of shape [4, 5]": (
         (ValueError,), LOGITS[:1].expand(T, V), TARGETS, {"inplace_backward": True},
+    ),
+    "got strides [2, 1] of shape [4, 5]": (
+        (ValueError,), LOGITS.as_strided((T, V), (2, 1)), TARGETS, {"inplace_backward": True},
     ),
 }  # fmt: skip
 
@@ -79,7 +90,13 @@ def test_token_stats(message):
 
 
 HEAD = {
-    "hidden must be [..., D], got a 0-dim tensor": (ValueError, {"hidden": torch.tensor(1.0)}),
+    "hidden must be [..., D] with D at least 1, got []": (
+        ValueError, {"hidden": torch.tensor(1.0)},
+    ),
+    "hidden must be [..., D] with D at least 1, got [4, 0]": (
+        ValueError, {"hidden": HIDDEN[:, :0], "lm_head_weight": WEIGHT[:, :0]},
+    ),
+    "softcap must be finite, got inf": (ValueError, {"softcap": inf}),
     "lm_head_weight must be torch.float32, got torch.bfloat16": (
         TypeError, {"lm_head_weight": WEIGHT.bfloat16()},
     ),
@@ -108,6 +125,10 @@ SELECTION = {
     "candidate_mask must have shape [4], got [2]": (ValueError, {"candidate_mask": MASK[:2]}),
     "fraction must be between 0 and 1, got 1.5": (ValueError, {"fraction": 1.5}),
     "fraction must be between 0 and 1, got -1": (ValueError, {"fraction": -1}),
+    "fraction must be between 0 and 1, got 1/0": (ValueError, {"fraction": "1/0"}),
+    "fraction must be between 0 and 1, got a fifth": (ValueError, {"fraction": "a fifth"}),
+    "fraction must be between 0 and 1, got nan": (ValueError, {"fraction": nan}),
+    "fraction must be between 0 and 1, got inf": (ValueError, {"fraction": "inf"}),
     "fraction must be a Fraction or number, got list": (TypeError, {"fraction": [1]}),
     "too large a denominator for 4 tokens": (ValueError, {"fraction": "0." + "1" * 20}),
     "order must be one of high, low, random, got 'top'": (ValueError, {"order": "top"}),
@@ -153,6 +174,10 @@ CONFIG = {
     "entropy_coef must be a number, got NoneType": (TypeError, {"entropy_coef": None}),
     "kl must be one of none, k1, k2, k3, got 'k4'": (ValueError, {"kl": "k4"}),
     "kl_coef must be a number, got bool": (TypeError, {"kl_coef": True}),
+    "kl_coef must be finite, got nan": (ValueError, {"kl_coef": nan}),
+    "entropy_coef must be finite, got inf": (ValueError, {"entropy_coef": inf}),
+    "dual_clip must be finite, got inf": (ValueError, {"dual_clip": inf}),
+    "importance_cap must be finite, got inf": (ValueError, {"importance_cap": inf}),
 }  # fmt: skip
 
 
@@ -179,7 +204,13 @@ OBJECTIVE = {
     ),
     "normalizer must be greater than 0, got 0": (ValueError, {"normalizer": 0}),
     "normalizer must be a number, got str": (TypeError, {"normalizer": "1"}),
-    "normalizer must be greater than 0, got -2.0": (ValueError, {"normalizer": torch.tensor(-2.0)}),
+    "normalizer must be finite, got inf": (ValueError, {"normalizer": inf}),
+    "normalizer must be greater than 0 and finite, got -2.0": (
+        ValueError, {"normalizer": torch.tensor(-2.0)},
+    ),
+    "normalizer must be greater than 0 and finite, got inf": (
+        ValueError, {"normalizer": torch.tensor(inf)},
+    ),
     "normalizer must be a number or 0-dim, got shape [1]": (
         ValueError, {"normalizer": torch.ones(1)},
     ),
@@ -229,6 +260,15 @@ LOSSES = {
     ),
     "active_rows must have shape [N], got [1, 1]": (
         ValueError, {"active_rows": torch.zeros(1, 1, dtype=torch.long)},
+    ),
+    "active_rows must be different indices between 0 and 23, got [-1]": (
+        ValueError, {"active_rows": torch.tensor([-1])},
+    ),
+    "active_rows must be different indices between 0 and 23, got [0, 24]": (
+        ValueError, {"active_rows": torch.tensor([0, 24])},
+    ),
+    "active_rows must be different indices between 0 and 23, got [3, 3]": (
+        ValueError, {"active_rows": torch.tensor([3, 3])},
     ),
     "fraction must be between 0 and 1, got 2": (ValueError, {"fraction": 2}),
 }  # fmt: skip

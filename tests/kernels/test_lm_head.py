@@ -1,6 +1,8 @@
 """The lm_head module against eager models: loss and every parameter's gradient; sharded; LoRA."""
 
+import copy
 import os
+import pickle
 import types
 import warnings
 
@@ -230,6 +232,20 @@ def test_lora_on_the_head(model_type, patched):
     model.merge_adapter()
     found = head(hidden_states(model.base_model.model, ids), **inputs, **options())
     torch.testing.assert_close(found.loss, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_patched_model_can_be_pickled_and_copied(copied, lora):
+    model, (_, inputs) = make_model(tie_word_embeddings=False), batch()
+    model = with_lora(model) if lora else model
+    head = patch_lm_head(model, vocab_size=VOCAB)
+    other = copied(model).get_output_embeddings()
+    assert type(other) is type(head) and other.vocab_size == VOCAB
+    hidden = torch.randn(*inputs["targets"].shape, head.in_features, dtype=head.weight.dtype)
+    losses = [x(hidden, **inputs, **options()).loss for x in (head, other)]
+    assert torch.equal(*losses)
+    assert other.weight.data_ptr() != head.weight.data_ptr()
 
 
 def test_lora_of_other_kinds_is_refused():

@@ -60,10 +60,14 @@ class Options(NamedTuple):
             )
         if kind not in _CLIPPED and (level == "sequence" or self.delta is not None):
             raise ValueError(f"loss_type {kind!r} has neither a sequence level nor delta")
-        if self.delta is not None and self.delta <= 0:
-            raise ValueError(f"delta must be above 0, got {self.delta}")
-        if kind == "sapo" and min(self.sapo_temperature_pos, self.sapo_temperature_neg) <= 0:
-            raise ValueError("sapo_temperature_pos and sapo_temperature_neg must be above 0")
+        _check.number("eps_low", self.eps_low, may_be_infinite=True)
+        _check.number("eps_high", self.eps_high, may_be_infinite=True)
+        if self.delta is not None:
+            _check.number("delta", self.delta, above=0, may_be_infinite=True)
+        for name in ("beta", *(x for x in self._fields if x.startswith("vespo"))):
+            _check.number(name, getattr(self, name))
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            _check.number(name, getattr(self, name), above=0 if kind == "sapo" else None)
 
 
 def check_shapes(

@@ -107,8 +107,11 @@ def get_high_entropy_mask(
         [B, L] bool. All False without tokens. (A NaN entropy is left out; in TRL it empties the
         mask.)
     Raises:
-        RuntimeError: from `torch.quantile`, past its largest input.
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
     """
+    _check.tensor("entropies", entropies)
+    _check.tensor("mask", mask, dtypes=(), shape=entropies.shape, like=entropies)
+    _check.number("threshold", threshold, least=0, most=1)
     mask = mask.bool()
     values = torch.where(mask, entropies.float(), torch.nan)
     pool = values.flatten()
@@ -117,7 +120,12 @@ def get_high_entropy_mask(
         pool = accelerator.gather(padded)
     if not pool.numel():
         return mask
-    return values >= torch.nanquantile(pool, threshold)
+    # `torch.nanquantile` by hand: its own refuses more than 2^24 entries, NaN or not.
+    ordered = pool.sort().values  # NaN last
+    num_tokens = ordered.isnan().logical_not().sum()
+    rank = (num_tokens.sub(1).clamp(min=0) * torch.tensor(threshold, dtype=pool.dtype)).to(pool)
+    below, above = (ordered.take(place.long()) for place in (rank.floor(), rank.ceil()))
+    return values >= below.lerp(above, rank - rank.floor())
 
 
 class ChunkedLogProbFunction:
@@ -162,8 +170,8 @@ class ChunkedLogProbFunction:
                 "weight must be whole, got one that DeepSpeed ZeRO-3 partitions again before the "
                 "backward"
             )
-        if not logit_scale > 0:
-            raise ValueError(f"logit_scale must be greater than 0, got {logit_scale}")
+        _check.number("temperature", temperature, above=0)
+        _check.number("logit_scale", logit_scale, above=0)
         unknown = set(outputs) - {"log_probs", *_OUTPUTS}
         if unknown:
             raise ValueError(

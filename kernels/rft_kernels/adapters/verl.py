@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .. import _check
 from ..rows import token_stats
 from ._linear import head_stats
 from ._patch import Patch, install
@@ -98,6 +99,7 @@ class FusedLinearForPPO(torch.nn.Module):
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__()
+        _check.one_of("impl_backend", impl_backend, ("torch", "liger"))
 
     def forward(
         self,

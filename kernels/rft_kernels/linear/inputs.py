@@ -27,8 +27,8 @@ def check_inputs(
 ) -> tuple[Projection, Tensor, Any]:
     """What the ops are given; the rows [T] that have an output; this rank's shard, if any."""
     _check.tensor("hidden", hidden)
-    if hidden.dim() == 0:
-        raise ValueError("hidden must be [..., D], got a 0-dim tensor")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must be [..., D] with D at least 1, got {list(hidden.shape)}")
     shape, width = hidden.shape[:-1], hidden.shape[-1]
     shard = None
     if process_group is not None or hasattr(weight, "device_mesh"):

@@ -116,7 +116,7 @@ def linear_token_stats(
     stats_op, *_ = _served_by(shard)
     rows = Rows(valid, valid, listed=None, only_active=False)
     log_probs, entropy, _ = stats_op(projection, rows, None)
-    return TokenStats(log_probs.view(targets.shape), entropy.view(targets.shape))
+    return TokenStats(log_probs.view(targets.shape), entropy.view(targets.shape).clone())
 
 
 def linear_prefix_rft_loss(
@@ -212,6 +212,7 @@ def linear_prefix_rft_loss(
         gradient = _known_gradient(projection, dinputs, needs, accumulate_dweight)
     else:
         log_probs, entropy, _ = stats_op(projection, rows, accumulate_dweight)
+        entropy = entropy.clone()  # its own is saved for the backward
     return finish_loss(
         plan,
         TokenStats(log_probs, entropy),

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -18,8 +17,9 @@ class _KnownGradient(torch.autograd.Function):
         return (loss / normalizer).to(loss.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("the loss is differentiable once: create_graph must be False")
         # A graph that is not kept gives its saved tensors away: scaled where they are, no copy.
         keep = (
             torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()

@@ -51,8 +51,8 @@ class PolicyConfig:
     kl_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        _check.number("clip_low", self.clip_low, least=0)
-        _check.number("clip_high", self.clip_high, least=0)
+        _check.number("clip_low", self.clip_low, least=0, may_be_infinite=True)
+        _check.number("clip_high", self.clip_high, least=0, may_be_infinite=True)
         if self.dual_clip is not None:
             _check.number("dual_clip", self.dual_clip, above=1)
         if isinstance(self.prefix_clip, str):
@@ -98,7 +98,7 @@ def _pair(name: str, value: Any) -> tuple[float, float]:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f'{name} must be "same", "none" or (low, high), got {value!r}')
     for number in value:
-        _check.number(name, number, least=0)
+        _check.number(name, number, least=0, may_be_infinite=True)
     return tuple(value)
 
 

@@ -164,7 +164,8 @@ def token_stats(
         logits: [..., V] float16, bfloat16, float32 or float64; rows may be strided; entries may be
             -inf.
         targets: [...] int64 or int32, already shifted; -100 = no target.
-        temperature: above 0; a number, or [...] one a row. Applied in the dtype of the statistics.
+        temperature: above 0; a number, or [...] one a row, of no effect in rows without an output.
+            Applied in the dtype of the statistics.
         row_mask: [...] bool; rows that are False give 0 and get no gradient, whatever they hold.
         vocab_size: columns from here on are padding: never part of the softmax, gradient exactly 0.
         inplace_backward: the backward writes the gradient over `logits`, which must not be needed
@@ -173,8 +174,9 @@ def token_stats(
     Returns:
         TokenStats of shape [...]; rows without a target are 0.
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or range. Targets are
-            looked at on a CPU only; elsewhere one outside the vocabulary makes its log_prob NaN.
+        TypeError, ValueError: an argument of the wrong type, shape, device or range. Tensors are
+            looked at on a CPU only; elsewhere a target outside the vocabulary makes its log_prob
+            NaN.
     Both outputs are differentiable once in `logits`. Deterministic. Reads every row once; the
     backward reads and writes the rows whose incoming gradients are not both zero.
     """
@@ -186,8 +188,11 @@ def token_stats(
         vocab_size = logits.shape[-1]
     _check.integer("vocab_size", vocab_size, least=1, most=logits.shape[-1])
     valid = check_rows(logits, shape, targets, temperature, row_mask, vocab_size)
-    if inplace_backward and 0 in logits.stride():
-        raise ValueError("inplace_backward needs logits that do not repeat memory (no expand)")
+    if inplace_backward and _may_repeat_memory(logits):
+        raise ValueError(
+            f"inplace_backward needs logits whose entries have memory of their own, got strides "
+            f"{list(logits.stride())} of shape {list(logits.shape)}"
+        )
     per_row = isinstance(temperature, Tensor)
     log_probs, entropy, _ = _token_stats_fwd(
         logits,
@@ -199,7 +204,18 @@ def token_stats(
         inplace_backward,
         _dispatch.resolve(backend, logits.device),
     )
-    return TokenStats(log_probs.view(shape), entropy.view(shape))
+    return TokenStats(log_probs.view(shape), entropy.view(shape).clone())
+
+
+def _may_repeat_memory(x: Tensor) -> bool:
+    """Whether a stride is smaller than what the smaller ones reach: views of expand, as_strided."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def check_rows(
@@ -212,11 +228,11 @@ def check_rows(
 ) -> Tensor:
     """Checks what every statistics op takes per row; returns the rows that have an output."""
     _check.tensor("targets", targets, dtypes=_check.INTEGERS, shape=shape, like=like)
-    _check.temperature(temperature, like, shape)
     if row_mask is None:
         valid = targets != _check.NO_TARGET
     else:
         _check.mask("row_mask", row_mask, targets)
         valid = row_mask & (targets != _check.NO_TARGET)
     _check.targets(targets, valid, vocab_size)
+    _check.temperature(temperature, like, valid)
     return valid

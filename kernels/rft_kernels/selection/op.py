@@ -88,7 +88,10 @@ def check_fraction(fraction: Fraction | float | str, num_tokens: int) -> Fractio
     """The exact fraction meant; refuses one whose product with `num_tokens` would not fit int64."""
     if isinstance(fraction, bool) or not isinstance(fraction, Fraction | int | float | str):
         raise TypeError(f"fraction must be a Fraction or number, got {type(fraction).__name__}")
-    exact = fraction if isinstance(fraction, Fraction) else Fraction(str(fraction))
+    try:
+        exact = fraction if isinstance(fraction, Fraction) else Fraction(str(fraction))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"fraction must be between 0 and 1, got {fraction}") from error
     if not 0 <= exact <= 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}")
     if num_tokens * exact.denominator > _INT64_MAX:

@@ -282,7 +282,7 @@ def test_liger_fused_linear_signatures(liger_grpo):
         ({"loss_type": "ppo"}, "loss_type"),
         ({"importance_sampling_level": "batch"}, "importance_sampling_level"),
         ({"loss_type": "cispo", "delta": 2.0}, "delta"),
-        ({"delta": -1.0}, "delta must be above 0"),
+        ({"delta": -1.0}, "delta must be greater than 0"),
         ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "sequence level"),
         ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, "sapo_temperature_neg"),
         ({"loss_type": "dr_grpo"}, "max_completion_length"),
@@ -441,6 +441,8 @@ def test_verl_chunked_entropy(verl_modules):
 
 def test_verl_refusals():
     hidden, weight, _, labels = head(4)
+    with pytest.raises(ValueError, match="impl_backend must be one of torch, liger, got 'typo'"):
+        verl.FusedLinearForPPO(impl_backend="typo")
     with pytest.raises(ValueError, match="reduction must be .* got 'max'"):
         verl.linear_cross_entropy(hidden, weight, labels, 1.0, "max")
 

@@ -165,6 +165,30 @@ def test_trl_high_entropy_mask(trl_trainer, kind, threshold):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
+def test_trl_high_entropy_mask_of_more_tokens_than_torch_takes_a_quantile_of():
+    """TRL's own looks at the tokens of the mask alone; 2^24 is torch's bound."""
+    entropies = torch.zeros(1, 2**24 + 1)
+    entropies[0, :5] = torch.tensor([3.0, 1, 4, 1.5, 5])
+    mask = torch.zeros_like(entropies, dtype=torch.bool)
+    mask[0, :5] = True
+    found = trl.get_high_entropy_mask(entropies, mask, 0.5)
+    assert found[0, :6].tolist() == [True, False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("mask", "threshold", "message"),
+    [
+        (torch.ones(L), 0.5, "mask must have shape"),
+        (torch.ones(B, 1), 0.5, "mask must have shape"),
+        (torch.ones(B, L), 1.5, "threshold must be at most 1"),
+        (torch.ones(B, L), float("nan"), "threshold must be"),
+    ],
+)
+def test_trl_high_entropy_mask_refusals(mask, threshold, message):
+    with pytest.raises(ValueError, match=message):
+        trl.get_high_entropy_mask(torch.rand(B, L), mask, threshold)
+
+
 def counting(monkeypatch, module) -> list:
     """Arguments of every call of `token_stats` from an adapter."""
     calls = []
@@ -336,6 +360,11 @@ def test_liger_inplace_writes_the_gradient_over_the_logits():
         ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "sequence level"),
         ({"loss_type": "sapo", "sapo_temperature_pos": 0}, "sapo_temperature_pos"),
         ({"beta": 0.1}, "ref_logp"),
+        ({"beta": float("nan")}, "beta must be finite"),
+        ({"delta": float("nan")}, "delta must be"),
+        ({"eps_high": float("nan")}, "eps_high must be finite"),
+        ({"vespo_k_pos": float("inf")}, "vespo_k_pos must be finite"),
+        ({"temperature": float("inf")}, "temperature must be finite"),
     ],
 )
 def test_liger_refusals(options, message):
