@@ -202,7 +202,8 @@ def find_map(
     for known in KNOWN_MAPS:
         if set(known.needs) <= set(found) and (not known.has_marker or _are_marked(rows)):
             return known
-    layouts = "; ".join(f"{known.name}: {', '.join(known.needs)}" for known in KNOWN_MAPS)
+    by_columns = [known for known in KNOWN_MAPS if not known.has_marker]
+    layouts = "; ".join(f"{known.name}: {', '.join(known.needs)}" for known in by_columns)
     raise DataError(
         f"{source}: no known layout fits the columns {sorted(found)}; name them in {key}, "
         f"or use one of: {layouts}"

@@ -18,6 +18,7 @@ from prefix_rft.data.load_report import Findings, LoadReport
 from prefix_rft.data.sources import load_rows
 from prefix_rft.data.testbed import make_rows
 from prefix_rft.data_types import Problem
+from prefix_rft.model import vocabulary_size
 from prefix_rft.reward import Grader, clean_answer, plain_number
 
 _TOKENIZER_BATCH = 256  # texts; the tokenizer needs some hundred bytes per token for a batch
@@ -294,7 +295,7 @@ def _tokenized(
     drafts: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, findings: Findings
 ) -> Iterator[Problem]:
     # One int object per token id: a dataset has hundreds of millions of tokens.
-    shared = list(range(max(tokenizer.get_vocab().values()) + 1))
+    shared = list(range(vocabulary_size(tokenizer)))
 
     def ids_of(texts: list[str]) -> list[tuple[int, ...]]:
         encoded = tokenizer(
@@ -302,10 +303,12 @@ def _tokenized(
         )
         return [tuple(map(shared.__getitem__, ids)) for ids in encoded["input_ids"]]
 
-    def behind(start: str, text: str) -> tuple[int, ...] | None:
-        """The ids of `text` behind `start`; None if the two share a token."""
-        start_ids, ids = ids_of([start, start + text])
-        return _behind(start_ids, ids)
+    def ids_elsewhere(prompt: str, demonstration: str) -> tuple[int, ...]:
+        for start in (prompt[-1], *_OTHER_STARTS):
+            start_ids, whole = ids_of([start, start + demonstration])
+            if (ids := _behind(start_ids, whole)) is not None:
+                return ids
+        return ids_of([demonstration])[0]
 
     for start in range(0, len(drafts), _TOKENIZER_BATCH):
         batch = [_with_one_thought(d, findings) for d in drafts[start : start + _TOKENIZER_BATCH]]
@@ -314,15 +317,9 @@ def _tokenized(
         for draft, prompt_ids, whole in zip(batch, prompts, wholes, strict=True):
             ids = _behind(prompt_ids, whole)
             if ids is None:
-                findings.add(
-                    "merged_boundary", draft.index, draft.prompt[-20:] + draft.demonstration[:20]
-                )
-                tries = (
-                    behind(text, draft.demonstration) for text in (draft.prompt[-1], *_OTHER_STARTS)
-                )
-                ids = next((found for found in tries if found is not None), None)
-            if ids is None:
-                (ids,) = ids_of([draft.demonstration])
+                text = draft.prompt[-20:] + draft.demonstration[:20]
+                findings.add("merged_boundary", draft.index, text)
+                ids = ids_elsewhere(draft.prompt, draft.demonstration)
             yield dataclasses.replace(draft, prompt_ids=prompt_ids, demonstration_ids=ids)
 
 

@@ -103,7 +103,7 @@ def load_tokenizer(
             PreTrainedTokenizerFast if tokenizer_class in _GENERIC_TOKENIZERS else AutoTokenizer
         )
         tokenizer = loader.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise _not_found(path, "tokenizer", error) from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab()):
         # What transformers makes up for a folder that has the model only.
@@ -293,7 +293,7 @@ def _apply_liger(model: PreTrainedModel) -> None:
 
 
 def _not_found(path: str | Path, what: str, error: Exception) -> ConfigError:
-    reason = str(error).strip().splitlines()[0]
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "custom code" in reason:
         return ConfigError(
             f"model.path: the {what} of {path} is code of its own (auto_map), which is never run: "

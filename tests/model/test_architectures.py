@@ -148,7 +148,13 @@ def test_quantized_weights_are_refused(tmp_path, method):
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gpt2", "gpt_neo"])
 @pytest.mark.parametrize(
-    "files", [{}, {"tokenizer.json": "{}"}, {"tokenizer_config.json": '{"tokenizer_class": "X"}'}]
+    "files",
+    [
+        {},
+        {"tokenizer.json": "{}"},
+        {"tokenizer_config.json": "[]"},
+        {"tokenizer_config.json": '{"tokenizer_class": "X"}'},
+    ],
 )
 def test_a_folder_without_tokenizer_is_one_clear_error(tmp_path, model_type, files):
     """For such a folder transformers makes up a tokenizer that knows no text."""
