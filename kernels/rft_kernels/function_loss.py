@@ -20,6 +20,7 @@ def token_loss(
     tokens: tuple[Tensor, ...] = (),
     mask: Tensor | None = None,
     normalizer: float | Tensor,
+    softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
@@ -32,7 +33,8 @@ def token_loss(
         loss = sum of loss_fn(log_probs, entropy, *tokens) over mask and has-target / normalizer
 
     Args:
-        logits, targets, temperature, vocab_size, inplace_backward, backend: see `token_stats`.
+        logits, targets, softcap, temperature, vocab_size, inplace_backward, backend: see
+            `token_stats`.
         loss_fn: from log_probs [n], entropy [n] and the `tokens` of n rows, in plain differentiable
             torch, to their losses [n]; or to the pair of these and `{name: [n]}`, summed into the
             metrics. It must look at one row at a time.
@@ -55,6 +57,7 @@ def token_loss(
     found = token_stats(
         logits,
         targets,
+        softcap=softcap,
         temperature=temperature,
         vocab_size=vocab_size,
         inplace_backward=inplace_backward,

@@ -135,6 +135,7 @@ def prefix_rft_loss(
     *,
     normalizer: float | Tensor,
     config: PolicyConfig = DEFAULT_CONFIG,
+    softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     fraction: Fraction | float | str = FIFTH,
     cu_seqlens: Tensor | None = None,
@@ -160,7 +161,7 @@ def prefix_rft_loss(
             `policy_objective`.
         response_mask: [...] bool, tokens of the response, those of a prefix included.
         prefix_mask: [...] bool, those forced from the demonstration; None: plain reinforcement.
-        temperature, vocab_size, backend: see `token_stats`.
+        softcap, temperature, vocab_size, backend: see `token_stats`.
         fraction: share of the prefix tokens to keep; see `select_top_entropy`.
         cu_seqlens: [B + 1] int: bounds of the sequences; selection is then per sequence, else one
             pool.
@@ -200,6 +201,7 @@ def prefix_rft_loss(
     found = token_stats(
         logits,
         targets,
+        softcap=softcap,
         temperature=temperature,
         row_mask=plan.needed.view(shape) if stats == "active" else None,
         vocab_size=vocab_size,

@@ -67,6 +67,7 @@ STATS = {
     "backend must be one of auto, torch, triton, got 'cuda'": (
         (ValueError,), LOGITS, TARGETS, {"backend": "cuda"},
     ),
+    "softcap must be greater than 0, got 0": ((ValueError,), LOGITS, TARGETS, {"softcap": 0}),
     "temperature must be finite, got inf": ((ValueError,), LOGITS, TARGETS, {"temperature": inf}),
     "temperature must be greater than 0, got nan": (
         (ValueError,), LOGITS, TARGETS, {"temperature": nan},

@@ -10,6 +10,7 @@ from rft_kernels import (
     linear_token_stats,
     prefix_rft_loss,
     reference,
+    token_loss,
 )
 
 from tests.kernels.kernel_cases import assert_as_exact, from_logits, gradients, loss_inputs, seeded
@@ -336,3 +337,19 @@ def test_nothing_in_the_loss(prefixes, rows):
     for found in (linear_prefix_rft_loss(**inputs), from_logits(prefix_rft_loss, inputs)):
         assert found.loss == 0 and found.metrics["num_tokens"] == 0
         assert all((x == 0).all() for x in gradients(found.loss, inputs))
+
+
+@pytest.mark.parametrize("selecting", [False, True])
+def test_softcap_from_logits(selecting):
+    inputs = loss_inputs() | {"softcap": 2.0, "temperature": 0.7}
+    if not selecting:
+        inputs["selected_mask"] = inputs["prefix_mask"]
+    ours, truth = (from_logits(op, inputs) for op in (prefix_rft_loss, reference.prefix_rft_loss))
+    torch.testing.assert_close(ours.loss, truth.loss, rtol=1e-12, atol=0)
+    pairs = zip(gradients(ours.loss, inputs), gradients(truth.loss, inputs), strict=True)
+    for x, y in pairs:
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-14)
+    kept = ("hidden", "lm_head_weight", "targets", "bias", "normalizer", "softcap", "temperature")
+    inputs = {name: inputs[name] for name in kept} | {"loss_fn": lambda log_probs, _: -log_probs}
+    ours, truth = (from_logits(op, inputs) for op in (token_loss, reference.token_loss))
+    torch.testing.assert_close(ours.loss, truth.loss, rtol=1e-12, atol=0)

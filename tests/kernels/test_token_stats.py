@@ -40,6 +40,14 @@ def test_as_exact_as_torch(case: str, per_row: bool, dtype: torch.dtype):
     compare(logits, targets, temperature=temperature)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", ["normal", "peaked", "huge", "one -inf"])
+def test_softcap(case: str, dtype: torch.dtype):
+    logits = logits_case(case).to(dtype)
+    targets = torch.randint(40, 67, (13,), generator=seeded(2))
+    compare(logits, targets, softcap=3.0, temperature=0.7)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 67), (3, 1001)])
 def test_shapes(shape: tuple[int, int]):
     logits = logits_case("normal", *shape).float()

@@ -51,6 +51,21 @@ def compare(logits: Tensor, targets: Tensor, **options) -> None:
         assert_as_exact(x, y, z)
 
 
+@pytest.mark.parametrize("case", ["normal", "peaked", "huge"])
+def test_softcap(case, small_tiles):
+    targets = torch.randint(40, 67, (13,), generator=seeded(2)).to(DEVICE)
+    compare(logits_case(case).float(), targets, softcap=3.0, temperature=0.7)
+
+
+def test_softcap_of_minus_infinity(small_tiles):
+    targets = torch.randint(40, 67, (13,), generator=seeded(2)).to(DEVICE)
+    arguments = (logits_case("tile of -inf"), targets, scalars_for(targets))
+    ours = triton(*arguments, softcap=3.0, temperature=0.7)
+    truth = run(reference.token_stats, *arguments, softcap=3.0, temperature=0.7)
+    for x, y in zip(ours, truth, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per row"])
 @pytest.mark.parametrize("case", [*CASES, "tile of -inf", "only the last"])
@@ -314,12 +329,12 @@ def test_only_one_output_used(which, small_tiles):
 def test_custom_ops_are_registered_as_they_behave(small_tiles):
     logits, targets = logits_case("normal", 4, 6).requires_grad_(), arange(4)
     ops = torch.ops.rft_kernels
-    forward = (logits, targets, targets != 2, None, 0.7, 5, False, "triton")
+    forward = (logits, targets, targets != 2, None, 0.7, 3.0, 5, False, "triton")
     torch.library.opcheck(ops.token_stats, forward)
     _, entropy, saved = ops.token_stats(*forward)
     scalars = torch.where(targets != 2, scalars_for(targets), 0)
     saved_rows = (entropy.detach(), saved.detach(), *scalars)
-    backward = (targets, None, 0.7, 5, "triton", *saved_rows)
+    backward = (targets, None, 0.7, 3.0, 5, "triton", *saved_rows)
     torch.library.opcheck(ops.token_stats_bwd, (logits.detach(), *backward))
     torch.library.opcheck(ops.token_stats_bwd_, (logits.detach().clone(), *backward))
 

@@ -23,6 +23,7 @@ def prefix_rft_loss(
     *,
     normalizer: float | Tensor,
     config: Config = DEFAULT_CONFIG,
+    softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     fraction: Fraction | float | str = _FIFTH,
     cu_seqlens: Tensor | None = None,
@@ -36,7 +37,8 @@ def prefix_rft_loss(
     backend: str = "auto",
 ) -> PolicyLoss:
     """Statistics of every row, selection, objective."""
-    found = token_stats(logits, targets, temperature=temperature, vocab_size=vocab_size)
+    options = {"softcap": softcap, "temperature": temperature, "vocab_size": vocab_size}
+    found = token_stats(logits, targets, **options)
     in_response = response_mask & (targets != -100)
     prefix = torch.zeros_like(in_response) if prefix_mask is None else prefix_mask
     candidates = in_response & prefix

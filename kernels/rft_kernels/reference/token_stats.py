@@ -10,6 +10,7 @@ def token_stats(
     logits: Tensor,
     targets: Tensor,
     *,
+    softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     row_mask: Tensor | None = None,
     vocab_size: int | None = None,
@@ -24,6 +25,7 @@ def token_stats(
     z = logits[..., :vocab_size].to(dtype)
     # Rows without an output are replaced before anything is computed, so nothing of theirs is used.
     z = torch.where(valid[..., None], z, 0)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
     if isinstance(temperature, Tensor):
         z = z / torch.where(valid, temperature, 1).to(dtype)[..., None]
     else:

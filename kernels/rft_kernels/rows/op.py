@@ -40,6 +40,7 @@ def _token_stats_fwd(
     valid: Tensor,  # [T]
     row_temperature: Tensor | None,  # [T]
     temperature: float,
+    softcap: float | None,
     vocab_size: int,
     inplace_backward: bool,
     backend: str,
@@ -50,7 +51,7 @@ def _token_stats_fwd(
     row_stats = row_backend(backend).row_stats
     scratch = default_scratch(logits.device)
     stats = [
-        row_stats(part, targets, valid, t, None, scratch)
+        row_stats(part, targets, valid, t, softcap, scratch)
         for part, (t, targets, valid) in zip(parts, per_row, strict=True)
     ]
     return stats[0] if len(stats) == 1 else tuple(map(torch.cat, zip(*stats, strict=True)))
@@ -62,7 +63,7 @@ def _(logits, targets, *options):
 
 
 def _write_grad(
-    out, logits, targets, row_temperature, temperature, vocab_size, backend, *rows
+    out, logits, targets, row_temperature, temperature, softcap, vocab_size, backend, *rows
 ) -> None:
     parts, outs = matrices(logits), matrices(out)
     if len(outs) < len(parts):
@@ -72,7 +73,7 @@ def _write_grad(
     row_grad = row_backend(backend).row_grad
     scratch = default_scratch(logits.device)
     for part, into, (t, targets, *rest) in zip(parts, outs, per_row, strict=True):
-        row_grad(into[:, :vocab_size], part[:, :vocab_size], targets, t, None, *rest, scratch)
+        row_grad(into[:, :vocab_size], part[:, :vocab_size], targets, t, softcap, *rest, scratch)
         into[:, vocab_size:] = 0
 
 
@@ -82,6 +83,7 @@ def _token_stats_bwd(
     targets: Tensor,  # [T]
     row_temperature: Tensor | None,  # [T]
     temperature: float,
+    softcap: float | None,
     vocab_size: int,
     backend: str,
     entropy: Tensor,  # [T]
@@ -90,8 +92,8 @@ def _token_stats_bwd(
     dentropy: Tensor | None,  # [T]
 ) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    rows = (entropy, saved, dlog_probs, dentropy)
-    _write_grad(out, logits, targets, row_temperature, temperature, vocab_size, backend, *rows)
+    options = (row_temperature, temperature, softcap, vocab_size, backend)
+    _write_grad(out, logits, targets, *options, entropy, saved, dlog_probs, dentropy)
     return out
 
 
@@ -106,6 +108,7 @@ def _token_stats_bwd_(
     targets: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
+    softcap: float | None,
     vocab_size: int,
     backend: str,
     entropy: Tensor,
@@ -113,8 +116,8 @@ def _token_stats_bwd_(
     dlog_probs: Tensor | None,
     dentropy: Tensor | None,
 ) -> None:
-    rows = (entropy, saved, dlog_probs, dentropy)
-    _write_grad(logits, logits, targets, row_temperature, temperature, vocab_size, backend, *rows)
+    options = (row_temperature, temperature, softcap, vocab_size, backend)
+    _write_grad(logits, logits, targets, *options, entropy, saved, dlog_probs, dentropy)
 
 
 @_token_stats_bwd_.register_fake
@@ -132,15 +135,15 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dlog_probs, dentropy, _):
     logits, targets, valid, row_temperature, entropy, saved = ctx.saved_tensors
-    temperature, vocab_size, inplace_backward, backend = ctx.options
+    *options, inplace_backward, backend = ctx.options
     if dlog_probs is None and dentropy is None:
-        return (None,) * 8
+        return (None,) * 9
     g, h = (None if d is None else torch.where(valid, d, 0) for d in (dlog_probs, dentropy))
-    arguments = (targets, row_temperature, temperature, vocab_size, backend, entropy, saved, g, h)
+    arguments = (targets, row_temperature, *options, backend, entropy, saved, g, h)
     if inplace_backward:
         _token_stats_bwd_(logits, *arguments)
-        return (logits,) + (None,) * 7
-    return (_token_stats_bwd(logits, *arguments),) + (None,) * 7
+        return (logits,) + (None,) * 8
+    return (_token_stats_bwd(logits, *arguments),) + (None,) * 8
 
 
 _token_stats_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -150,6 +153,7 @@ def token_stats(
     logits: Tensor,
     targets: Tensor,
     *,
+    softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     row_mask: Tensor | None = None,
     vocab_size: int | None = None,
@@ -159,11 +163,13 @@ def token_stats(
     """Log-probability of the target and entropy of softmax(logits / temperature), row by row.
 
         log_prob = z_y - lse(z),  H = -sum_j p_j log p_j,  z = logits / temperature,  p = softmax(z)
+        softcap c: logits = c tanh(logits / c), before the temperature
 
     Args:
         logits: [..., V] float16, bfloat16, float32 or float64; rows may be strided; entries may be
             -inf.
         targets: [...] int64 or int32, already shifted; -100 = no target.
+        softcap: above 0, in units of the logits; an entry of -inf becomes -c.
         temperature: above 0; a number, or [...] one a row, of no effect in rows without an output.
             Applied in the dtype of the statistics.
         row_mask: [...] bool; rows that are False give 0 and get no gradient, whatever they hold.
@@ -187,6 +193,8 @@ def token_stats(
     if vocab_size is None:
         vocab_size = logits.shape[-1]
     _check.integer("vocab_size", vocab_size, least=1, most=logits.shape[-1])
+    if softcap is not None:
+        _check.number("softcap", softcap, above=0)
     valid = check_rows(logits, shape, targets, temperature, row_mask, vocab_size)
     if inplace_backward and _may_repeat_memory(logits):
         raise ValueError(
@@ -200,6 +208,7 @@ def token_stats(
         valid.reshape(-1),
         temperature.detach().reshape(-1) if per_row else None,
         1.0 if per_row else float(temperature),
+        None if softcap is None else float(softcap),
         vocab_size,
         inplace_backward,
         _dispatch.resolve(backend, logits.device),
