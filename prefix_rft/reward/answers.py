@@ -23,7 +23,7 @@ _letter_command = re.compile(r"\\(?:mathrm|text|operatorname) ?\{ ?([ei]) ?\}")
 _time = re.compile(
     r"([0-9]{1,2})(?::([0-9]{2}))? ?(?:\\(?:text|mathrm|mbox) ?\{ ?)?([aApP])\.? ?[mM]\.? ?\}?"
 )
-_clock = re.compile(r"([0-9]{1,2}):([0-9]{2})")
+_clock = re.compile(r"([0-9]{1,2})(?::([0-9]{2}))?")
 _based = re.compile(
     r"\(?([0-9A-F]*[0-9][0-9A-F]*)\)? ?"
     r"(?:_ ?(?:\{|\\(?:text|mathrm)| )*|(?:\\text)?[{( ]*(?:in )?base )([0-9]{1,2}|[a-z]+)[ })]*"
@@ -122,7 +122,7 @@ def _minutes(answer: Answer) -> set[int]:
         return {answer.minutes}
     if not clock:
         return set()
-    minutes = 60 * int(clock[1]) + int(clock[2])
+    minutes = 60 * int(clock[1]) + int(clock[2] or 0)
     return {minutes} if minutes >= 780 else {minutes % 720, minutes % 720 + 720}
 
 

@@ -22,6 +22,7 @@ _scientific = re.compile(
 _power_of_ten = re.compile(rf"([+-]?) ?10 ?(?:\^|\*\*) ?({_INTEGER})")
 _fraction = re.compile(rf"([+-]?) ?(?:\\[dtc]?frac{_PART}{_PART}|({_DECIMAL}) ?/ ?({_DECIMAL}))")
 _mixed = re.compile(r"([+-]?) ?([0-9]+)((?: [0-9]+ ?/ ?[0-9]+| ?\\[dtc]?frac.*))")
+_repeating = re.compile(r"([+-]?) ?([0-9]*)\.([0-9]*) ?\\(?:overline|bar) ?\{ ?([0-9]+) ?\}")
 
 
 class Number(NamedTuple):
@@ -40,7 +41,7 @@ class Number(NamedTuple):
 
 
 def read_number(text: str) -> Number | None:
-    """The value of a decimal, a fraction, a mixed number, or one in scientific notation."""
+    """The value of a decimal, repeating too, a fraction, a mixed number, or scientific notation."""
     text = text.strip()
     if len(text) > MAX_NUMBER_CHARS:
         return None
@@ -55,6 +56,11 @@ def read_number(text: str) -> Number | None:
         value = above.value / below.value
         is_decimal = above.is_decimal or below.is_decimal
         return Number(-value if match[1] == "-" else value, is_decimal)
+    if match := _repeating.fullmatch(text):
+        sign, *digits = match.groups()
+        once, whole = int(f"0{digits[0]}{digits[1]}"), int("0" + "".join(digits))
+        value = Fraction(whole - once, 10 ** len(digits[1]) * (10 ** len(digits[2]) - 1))
+        return Number(-value if sign == "-" else value, False)
     if match := _mixed.fullmatch(text):
         part = read_number(match[3])
         if part is not None and not part.is_decimal and part.value >= 0:

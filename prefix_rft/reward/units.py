@@ -14,6 +14,9 @@ _in_latex = re.compile(
     rf" ?(?:{_TEXT}|{_DEGREE}|\\?%)(?: |{_TEXT}|{_DEGREE}|{_POWER}|/|\\cdot|[CF]\b)*$"
 )
 _in_words = re.compile(rf"(?<=[0-9}})])( ?){_WORD}(?:[ /]{_WORD})*$")
+_fraction = re.compile(
+    rf"\\[dtc]?frac ?\{{ ?({_TEXT}(?: ?{_POWER})?) ?\}} ?\{{ ?({_TEXT}(?: ?{_POWER})?) ?\}}"
+)
 _part = re.compile(r"[a-zA-Z]+|[/%]|-?[0-9]")
 _open_end = re.compile(r"(?:[-+*/^_=<>,(\[{&]|\\(?:times|cdot|div|pm|cup|cap|[dtc]?frac|sqrt))$")
 _no_unit = re.compile(
@@ -58,9 +61,11 @@ _names = {
         "Hz": "hertz",
         "K": "kelvin",
         "%": "percent percentage pct",
-        "/": "per",
+        "/": "per -1",
         "^2": "square sq squared 2",
         "^3": "cubic cu cubed 3",
+        "/ ^2": "-2",
+        "/ ^3": "-3",
     }.items()
     for word in (name, *words.split())
 }
@@ -71,17 +76,20 @@ _operators = frozenset(("/", "^2", "^3"))
 
 def split_unit(text: str) -> tuple[str, list[str]]:
     """The value and the words behind it; no words where they belong to the value."""
+    text = _fraction.sub(r" \1/\2", text)
     tail = _in_latex.search(text) or _in_words.search(text)
     value = text[: tail.start()].rstrip() if tail else ""
     if not value or _open_end.search(value):
         return text, []
     words = _part.findall(text_command.sub(r" \1 ", tail[0]))
-    is_number = read_number(value) is not None
-    if any(map(_no_unit.fullmatch, words)) or (
-        tail.re is _in_words
-        and not all(_is_unit(word, is_number=is_number, is_apart=bool(tail[1])) for word in words)
-    ):
+    if any(map(_no_unit.fullmatch, words)):
         return text, []
+    if tail.re is _in_words:
+        is_number = read_number(value) is not None
+        # Behind a number the first word shows what they are: 10 years old.
+        checked = words[:1] if is_number and tail[1] else words
+        if not all(_is_unit(word, is_number=is_number, is_apart=bool(tail[1])) for word in checked):
+            return text, []
     return value, words
 
 

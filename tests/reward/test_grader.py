@@ -104,6 +104,7 @@ def wait_until_gone(pid: int, seconds: float) -> bool:
         (r"10^{-9} x", r"10^{-8} x", "wrong"),
         (r"10^{-9} x", r"10^{-9} \cdot x", "correct"),
         ("0.1x + 1", r"\frac{x}{10} + 1", "correct"),
+        ("x^2", "49", "wrong"),  # equal at the point that tells differences
         (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5+2\sqrt{6}}", "correct"),
         (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5+2\sqrt{7}}", "wrong"),
         (r"\sqrt{2}-\frac{\sqrt{8}}{2}", "0", "correct"),
