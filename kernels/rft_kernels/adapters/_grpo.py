@@ -107,6 +107,7 @@ def token_losses(
     inside: Tensor,  # [B, L] bool; log_probs elsewhere are not looked at
     mask: Tensor,  # [B, L], 0 or 1: the tokens a sequence's ratio is the mean of
     options: Options,
+    phi: Tensor | None = None,  # [B, 1]; of vespo, the weight in it; None: made here
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Loss, KL (None where beta is 0) and whether clipped: [B, L], or [B, 1] if of a sequence.
 
@@ -136,10 +137,8 @@ def token_losses(
         )
         loss = -(steepness * (ratio - 1)).sigmoid() * 4 / steepness * advantage
     else:
-        up = advantage >= 0
-        k = torch.where(up, options.vespo_k_pos, options.vespo_k_neg)
-        rate = torch.where(up, options.vespo_lambda_pos, options.vespo_lambda_neg).clamp(min=1e-4)
-        phi = _vespo_weight(log_ratio.detach(), weight, k, rate)
+        if phi is None:
+            phi = _vespo_weight(log_ratio.detach(), weight, advantage, options)
         loss, weight = -phi * advantage * log_probs, None
     if weight is not None:
         loss = loss * weight
@@ -154,10 +153,13 @@ def token_losses(
 def _vespo_weight(
     log_ratio: Tensor,  # [B, L], 0 outside the mask
     weight: Tensor | None,  # [B, L] or [B, 1]
-    k: Tensor,  # [B, 1]
-    rate: Tensor,  # [B, 1]
+    advantage: Tensor,  # [B, 1]
+    options: Options,
 ) -> Tensor:
     """w^k e^(rate (1 - w)), [B, 1], w the product of a sequence's ratios and weights."""
+    up = advantage >= 0
+    k = torch.where(up, options.vespo_k_pos, options.vespo_k_neg)
+    rate = torch.where(up, options.vespo_lambda_pos, options.vespo_lambda_neg).clamp(min=1e-4)
     low, high = _LOWEST_LOG_WEIGHT, _HIGHEST_LOG_WEIGHT
     total = log_ratio.clamp(-high, high).sum(-1, keepdim=True)
     if weight is not None:

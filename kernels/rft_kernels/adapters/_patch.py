@@ -30,8 +30,23 @@ class Patch:
         self.undo()
 
 
-def install(library: str, replacements: dict[str, Callable]) -> Patch:
+def refusing(module: str, reasons: dict[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__`, which refuses the names of a library that are not served here."""
+
+    def getattr_of_module(name: str) -> Any:
+        if name in reasons:
+            raise NotImplementedError(f"{name} is not served by {module}: {reasons[name]}")
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return getattr_of_module
+
+
+def install(
+    library: str, replacements: dict[str, Callable], optional: dict[str, Callable] | None = None
+) -> Patch:
     """Replaces `"module:name"` or `"module:Class.name"` by functions of ours; all or none.
+
+    `optional`: of these the ones that the library has, as it may depend on what it runs on.
 
     A module that did `from x import name` holds the function itself, so every loaded module of
     the library, and the classes named, are searched for it.
@@ -41,12 +56,18 @@ def install(library: str, replacements: dict[str, Callable]) -> Patch:
         RuntimeError: patched already.
     """
     pairs = []
-    for place, ours in replacements.items():
+    there = {place: ours for place, ours in (optional or {}).items() if _has(place)}
+    for place, ours in (replacements | there).items():
         theirs = _find(library, place)
         if theirs is ours:
             raise RuntimeError(f"{place} is patched already; undo the first patch before another")
         pairs.append((theirs, ours))
     return Patch(library, pairs)
+
+
+def _has(place: str) -> bool:
+    module, _, name = place.partition(":")
+    return hasattr(sys.modules.get(module), name)
 
 
 def _find(library: str, place: str) -> Any:

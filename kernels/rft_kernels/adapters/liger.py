@@ -13,7 +13,7 @@ from .._check import NO_TARGET
 from ..rows import token_stats
 from ._grpo import Options, check_shapes, metrics, reduced, token_losses
 from ._linear import head_stats
-from ._patch import Patch, install
+from ._patch import Patch, install, refusing
 
 
 def triton_grpo_loss(
@@ -78,8 +78,42 @@ def triton_grpo_loss(
         vespo_k_neg,
         vespo_lambda_neg,
     )
+    return _loss_from_logits(
+        logits,
+        old_logp,
+        ref_logp,
+        completion_ids,
+        advantages,
+        completion_mask,
+        options,
+        temperature,
+        inplace,
+        max_completion_length,
+        reduce,
+        vllm_is_ratio,
+        num_items_in_batch,
+    )
+
+
+def _loss_from_logits(
+    logits: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    completion_ids: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor | None,
+    options: Options,
+    temperature: float,
+    inplace: bool,
+    max_completion_length: int | None,
+    reduce: bool,
+    vllm_is_ratio: Tensor | None,
+    num_items_in_batch: int | Tensor | None,
+    phi_seq: Tensor | None = None,  # [B, 1], of "vespo"
+) -> tuple:
+    """As `triton_grpo_loss`."""
     options.check()
-    if beta != 0 and ref_logp is None:
+    if options.beta != 0 and ref_logp is None:
         raise ValueError("ref_logp must be given, as beta is not 0")
     check_shapes(
         logits[:, 1:],
@@ -102,14 +136,150 @@ def triton_grpo_loss(
     ).log_probs[:, :-1]
     mask = inside.to(log_probs.dtype)
     loss, kl, is_clipped = token_losses(
-        log_probs, old_logp, ref_logp, advantages, vllm_is_ratio, inside, mask, options
+        log_probs, old_logp, ref_logp, advantages, vllm_is_ratio, inside, mask, options, phi_seq
     )
     loss = torch.where(inside, loss, 0)  # a ratio of the sequence spreads over its tokens here
     if reduce:
-        total = reduced(loss, mask, loss_type, max_completion_length, num_items_in_batch)
+        total = reduced(loss, mask, options.loss_type, max_completion_length, num_items_in_batch)
         return total, metrics(mask, kl, is_clipped)
     kl = None if kl is None else torch.where(inside, kl, 0).detach()
     return loss, kl, torch.where(inside, is_clipped, False).to(log_probs.dtype)
+
+
+class GrpoLossFunction:
+    """What Liger's `triton_grpo_loss` calls, and who has no use for its defaults."""
+
+    @staticmethod
+    def apply(
+        logits: Tensor,
+        old_logp: Tensor | None,
+        ref_logp: Tensor | None,
+        completion_ids: Tensor,
+        advantages: Tensor,
+        completion_mask: Tensor | None,
+        temperature: float,
+        beta: float,
+        eps_low: float,
+        eps_high: float,
+        inplace: bool,
+        loss_type: str = "grpo",
+        max_completion_length: int | None = None,
+        reduce: bool = True,
+        importance_sampling_level: str = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        vllm_is_ratio: Tensor | None = None,
+        delta: float | None = None,
+        use_bias_correction_kl: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
+        phi_seq: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `triton_grpo_loss`, but for `phi_seq` and three results with `reduce` as well.
+
+        Args:
+            phi_seq: [B] or [B, 1], the weight of a sequence in "vespo", which needs it.
+        Returns:
+            (loss, kl or None, is_clipped); with `reduce` the loss and two means, 0-dim.
+        """
+        options = Options(
+            loss_type,
+            importance_sampling_level,
+            beta,
+            eps_low,
+            eps_high,
+            delta,
+            use_bias_correction_kl,
+            sapo_temperature_pos,
+            sapo_temperature_neg,
+            *[1.0] * 4,  # vespo's, which are in phi_seq
+        )
+        if loss_type == "vespo":
+            if phi_seq is None or phi_seq.shape not in (advantages.shape, (len(advantages), 1)):
+                raise ValueError(
+                    f"phi_seq must have shape [{len(advantages)}] or [{len(advantages)}, 1] for "
+                    f"loss_type 'vespo', got {None if phi_seq is None else list(phi_seq.shape)}"
+                )
+            phi_seq = phi_seq.detach().reshape(-1, 1)
+        found = _loss_from_logits(
+            logits,
+            old_logp,
+            ref_logp,
+            completion_ids,
+            advantages,
+            completion_mask,
+            options,
+            temperature,
+            inplace,
+            max_completion_length,
+            reduce,
+            vllm_is_ratio,
+            num_items_in_batch,
+            phi_seq,
+        )
+        if not reduce:
+            return found
+        loss, (*kl, clipped) = found
+        return loss, kl[0] if kl else None, clipped
+
+
+@torch.no_grad()
+def fused_selective_log_softmax(
+    logits: Tensor, input_ids: Tensor, temperature: float = 0.9, mask: Tensor | None = None
+) -> Tensor:
+    """Log-probabilities of the last L of `input_ids`, [B, L] float32, without a gradient.
+
+    Args:
+        logits: [B, L + 1, V]; the last row of a sequence predicts nothing.
+        input_ids: [B, L or more] int.
+        temperature: above 0.
+        mask: [B, L or more], 0 where the result is 0, or None.
+    Raises:
+        TypeError, ValueError: as `token_stats`.
+    """
+    length = logits.shape[1] - 1
+    ids = input_ids[:, input_ids.shape[1] - length :]
+    keep = None if mask is None else mask[:, mask.shape[1] - length :] != 0
+    return token_stats(logits[:, :-1], ids, temperature=temperature, row_mask=keep).log_probs
+
+
+class LigerFusedLinearScaledCrossEntropyFunction:
+    """Negative log-probability of each target, and entropy, from hidden states."""
+
+    @staticmethod
+    def apply(
+        _input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        temperature: float = 1.0,
+        ignore_index: int = NO_TARGET,
+        m_tiles_per_cluster: int = 1,
+        return_entropy: bool = False,
+        selected_token_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The logits never exist whole.
+
+        Args:
+            _input: [M, D].
+            weight: [V, D].
+            target: [M] int.
+            temperature: above 0.
+            ignore_index: the target of rows whose results are 0.
+            m_tiles_per_cluster: not needed here.
+        Returns:
+            nll [M], or (nll, entropy [M]), float32 (float64 for float64), nats.
+        Raises:
+            TypeError, ValueError: as `linear_token_stats`.
+            NotImplementedError: `selected_token_ids`, whose gradient takes more than two numbers a
+                row.
+        Differentiable once in `_input` and `weight`.
+        """
+        if selected_token_ids is not None:
+            raise NotImplementedError("selected_token_ids must be None: one class a row is served")
+        if ignore_index != NO_TARGET:
+            target = torch.where(target == NO_TARGET, len(weight), target)  # no class, and refused
+            target = torch.where(target == ignore_index, NO_TARGET, target)
+        log_probs, entropy = head_stats(_input, weight, target, temperature=temperature)
+        return (0 - log_probs, entropy) if return_entropy else 0 - log_probs
 
 
 class LigerFusedLinearGRPOFunction:
@@ -298,11 +468,26 @@ def patch() -> Patch:
     """
     chunked = "liger_kernel.chunked_loss"
     function = LigerFusedLinearGRPOFunction
+    scaled = LigerFusedLinearScaledCrossEntropyFunction
     return install(
         "liger_kernel",
         {
             "liger_kernel.transformers.grpo_loss:triton_grpo_loss": triton_grpo_loss,
             f"{chunked}.grpo_loss:{function.__name__}": function,
             f"{chunked}.functional:liger_fused_linear_grpo": function.apply,
+            "liger_kernel.ops:GrpoLossFunction": GrpoLossFunction,
+            "liger_kernel.ops.grpo_loss:fused_selective_log_softmax": fused_selective_log_softmax,
+            f"liger_kernel.ops:{scaled.__name__}": scaled,
         },
     )
+
+
+_Z_LOSS = "z-loss and smoothing take more than two numbers a row; `linear_token_loss` is without"
+__getattr__ = refusing(
+    __name__,
+    {
+        "LigerCrossEntropyFunction": _Z_LOSS,
+        "LigerFusedLinearCrossEntropyFunction": _Z_LOSS,
+        "LigerFusedLinearScaledCrossEntropyTPFunction": "see `linear_token_stats(process_group=)`",
+    },
+)

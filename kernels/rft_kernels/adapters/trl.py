@@ -14,7 +14,7 @@ from .. import _check
 from ..results import stats_dtype
 from ..rows import token_stats
 from ._linear import compute_dtype, head_stats
-from ._patch import Patch, install
+from ._patch import Patch, install, refusing
 
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _TILE_ROWS = 256
@@ -87,6 +87,13 @@ def selective_log_softmax_and_entropy(
     keep = None if row_mask is None else row_mask != 0
     log_probs, entropy = token_stats(logits, index, temperature=temperature, row_mask=keep)
     return log_probs, entropy if entropy_requires_grad else entropy.detach()
+
+
+def kernels_selective_log_softmax_and_entropy(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`selective_log_softmax_and_entropy` with the signature that it has in `trl.kernels`."""
+    return selective_log_softmax_and_entropy(logits, index, True, temperature, row_mask)
 
 
 def get_high_entropy_mask(
@@ -228,6 +235,7 @@ def patch() -> Patch:
         ImportError: TRL, or a name expected in it, is missing.
     """
     utils = "trl.trainer.utils"
+    fused = kernels_selective_log_softmax_and_entropy
     return install(
         "trl",
         {
@@ -237,4 +245,11 @@ def patch() -> Patch:
             "trl.kernels:ChunkedLogProbFunction": ChunkedLogProbFunction,
             "trl.trainer.grpo_trainer:GRPOTrainer.get_high_entropy_mask": _get_high_entropy_mask,
         },
+        # TRL has it where it finds triton.
+        {"trl.kernels:selective_log_softmax_and_entropy": fused},
     )
+
+
+__getattr__ = refusing(
+    __name__, {"ChunkedDivergenceFunction": "a row of it has the distributions of two models"}
+)

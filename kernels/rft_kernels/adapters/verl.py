@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from .. import _check
 from ..rows import token_stats
 from ._linear import head_stats
-from ._patch import Patch, install
+from ._patch import Patch, install, refusing
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
@@ -28,6 +28,24 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     rows = logits.shape[:-1]
     labels = labels.reshape(rows if labels.numel() == rows.numel() else -1)
     return token_stats(logits, labels, inplace_backward=inplace_backward).log_probs
+
+
+def logprobs_from_logits_v2(logits: Tensor, labels: Tensor) -> Tensor:
+    """`logprobs_from_logits` that leaves the logits as they are."""
+    return logprobs_from_logits(logits, labels, inplace_backward=False)
+
+
+def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
+    """Sum of the squares of softmax(logits), [...]; differentiable once. Reads the logits thrice.
+
+        sum_j p_j^2 = e^(lse(2 x) - 2 lse(x)),  of log_prob = x_y - lse(x) at any class y
+
+    Raises:
+        TypeError, ValueError: as `token_stats`.
+    """
+    likeliest = logits.detach().argmax(-1)  # whose log-prob is finite, and small
+    once, twice = (token_stats(logits, likeliest, temperature=t).log_probs for t in (1, 0.5))
+    return (2 * once - twice).exp()
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
@@ -125,9 +143,18 @@ def patch() -> Patch:
         "verl",
         {
             f"{module}:logprobs_from_logits": logprobs_from_logits,
+            f"{module}:logprobs_from_logits_v2": logprobs_from_logits_v2,
+            f"{module}:calculate_sum_pi_squared_from_logits": calculate_sum_pi_squared_from_logits,
             f"{module}:entropy_from_logits": entropy_from_logits,
             f"{module}:entropy_from_logits_with_chunking": entropy_from_logits_with_chunking,
             "verl.utils.kernel.linear_cross_entropy:linear_cross_entropy": linear_cross_entropy,
             "verl.utils.experimental.torch_functional:FusedLinearForPPO": FusedLinearForPPO,
         },
     )
+
+
+_SHARDED = "its logits are shards of rows; `linear_cross_entropy(dist_process_group=)` makes none"
+__getattr__ = refusing(
+    __name__,
+    {"vocab_parallel_entropy": _SHARDED, "vocab_parallel_log_probs_from_logits": _SHARDED},
+)

@@ -300,6 +300,33 @@ def test_liger_fused_linear_refusals(options, message):
         loss(hidden, weight, ids, torch.ones(B, L), torch.ones(B), **call)
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"temperature": 0.7, "return_entropy": True}, {"ignore_index": 5, "return_entropy": True},
+])  # fmt: skip
+def test_liger_scaled_cross_entropy(liger_grpo, options):
+    theirs = importlib.import_module("liger_kernel.ops").LigerFusedLinearScaledCrossEntropyFunction
+    ours = liger.LigerFusedLinearScaledCrossEntropyFunction
+    assert parameters_of(ours.apply) == parameters_of(theirs.apply)
+    hidden, weight, _, ids = head(B * L)
+    ids[ids == 5] = 6
+    ids[2:4] = options.get("ignore_index", -100)
+
+    def found(function):
+        result = function.apply(hidden, weight, ids, **options)
+        result = result if isinstance(result, tuple) else (result,)
+        total = sum((x * (i + 1 + torch.arange(B * L))).sum() for i, x in enumerate(result))
+        # Only of rows with a target: elsewhere theirs has the entropy, without a gradient.
+        return *(x[4:] for x in result), *torch.autograd.grad(total, (hidden, weight))
+
+    assert_same([*found(ours)], [*found(theirs)], rtol=2e-4)
+    nll = ours.apply(hidden, weight, ids, **options | {"return_entropy": False})
+    assert not nll[2:4].any() and not nll[2:4].signbit().any()
+    with pytest.raises(NotImplementedError, match="selected_token_ids"):
+        ours.apply(hidden, weight, ids, selected_token_ids=ids[:2])
+    with pytest.raises(ValueError, match="targets must be"):
+        ours.apply(hidden, weight, ids.fill_(-100), ignore_index=5)
+
+
 WRONG_SHAPES = {
     "advantages": [(B, 1), (B, L), (1,)],
     "old_per_token_logps": [(L,), (1, L), (B, 1)],

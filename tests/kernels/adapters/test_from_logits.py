@@ -208,7 +208,17 @@ def test_trl_patch_reaches_modules_that_imported_the_function(trl_utils, trl_tra
     own_mask = trl_trainer.get_high_entropy_mask
     logits, index = example()
     assert trainer.selective_log_softmax_and_entropy is own
+    kernels, name = sys.modules["trl.kernels"], "selective_log_softmax_and_entropy"
+    own_kernel = getattr(kernels, name, None)
     with trl.patch():
+        if own_kernel is not None:  # TRL has it where it finds triton
+            ours = getattr(kernels, name)
+            assert ours is trl.kernels_selective_log_softmax_and_entropy
+            signatures = [inspect.signature(x).parameters.keys() for x in (ours, own_kernel)]
+            assert signatures[0] == signatures[1]
+            found, expected = ours(logits, index, 0.7), token_stats(logits, index, temperature=0.7)
+            assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+            calls.clear()
         trainer.selective_log_softmax_and_entropy(logits, index)
         trl_utils.entropy_from_logits(logits)
         assert len(calls) == 2
@@ -218,6 +228,7 @@ def test_trl_patch_reaches_modules_that_imported_the_function(trl_utils, trl_tra
         late = ModuleType("trl.imported_while_patched")
         late.selective_log_softmax = trl_utils.selective_log_softmax
         monkeypatch.setitem(sys.modules, late.__name__, late)
+    assert getattr(kernels, name, None) is own_kernel
     assert trainer.selective_log_softmax_and_entropy is own
     assert trl_utils.selective_log_softmax_and_entropy is own
     assert trl_trainer.get_high_entropy_mask is own_mask
@@ -295,15 +306,57 @@ def liger_outcomes(function) -> list[list]:
     return outcomes
 
 
+FUNCTION_CASES = {
+    "grpo": {},
+    "not reduced": {"reduce": False, "beta": 0.0},
+    "sequence": {"importance_sampling_level": "sequence", "use_bias_correction_kl": True},
+    "vespo": {"loss_type": "vespo", "phi_seq": torch.tensor([0.5, 2.0, 1.3])},
+    "vespo of [B, 1]": {"loss_type": "vespo", "phi_seq": torch.tensor([[0.5], [2.0], [1.3]])},
+    "weight": {"loss_type": "bnpo", "vllm_is_ratio": torch.tensor([0.5, 2.0, 1.3])},
+}
+FUNCTION_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(liger.GrpoLossFunction.apply).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}
+
+
+def function_outcomes(function) -> list[list]:
+    """As `liger_outcomes`, of a `GrpoLossFunction`, which takes no keywords."""
+    outcomes = []
+    for case in FUNCTION_CASES.values():
+        logits = torch.randn(B, L + 1, V, generator=seeded(4)).requires_grad_()
+        ids = torch.randint(V, (B, L), generator=seeded(5))
+        old, ref = (torch.randn(B, L, generator=seeded(i)) * 0.4 - 4 for i in (6, 7))
+        mask = (torch.rand(B, L, generator=seeded(8)) > 0.3).long()
+        tensors = (logits, old, ref, ids, torch.tensor([1.0, -1.0, 0.5]), mask)
+        numbers = (0.9, case.get("beta", 0.1), 0.2, 0.3, False)
+        rest = [case.get(name, default) for name, default in FUNCTION_DEFAULTS.items()]
+        found = function.apply(*tensors, *numbers, *rest)
+        (dlogits,) = torch.autograd.grad(found[0].sum(), logits)
+        outcomes.append([x.detach().tolist() for x in (*found, dlogits) if x is not None])
+    return outcomes
+
+
+def log_softmax_outcomes(function) -> list[list]:
+    """Of a `fused_selective_log_softmax`: ids and mask may be longer than the logits."""
+    logits = torch.randn(B, L + 1, V, generator=seeded(4)).requires_grad_()
+    ids = torch.randint(V, (B, L + 3), generator=seeded(5))
+    mask = (torch.rand(B, L + 3, generator=seeded(8)) > 0.3).long()
+    return [function(logits, ids, 0.7, x).tolist() for x in (None, mask)]
+
+
 @pytest.fixture(scope="module")
 def liger_own_outcomes() -> list[list]:
     """From Liger's kernels in Triton's interpreter, which a process must choose at its start."""
     pytest.importorskip("liger_kernel", reason="Liger is not installed")
     code = (
         "import json, sys, torch; torch.set_num_threads(1);"
-        "from tests.kernels.adapters.test_from_logits import liger_outcomes;"
-        "from liger_kernel.transformers.grpo_loss import triton_grpo_loss;"
-        "print(json.dumps(liger_outcomes(triton_grpo_loss)))"
+        "from tests.kernels.adapters.test_from_logits import *;"
+        "from liger_kernel.transformers.grpo_loss import *;"
+        "found = (liger_outcomes(triton_grpo_loss), function_outcomes(GrpoLossFunction),"
+        "  log_softmax_outcomes(fused_selective_log_softmax));"
+        "print(json.dumps(found))"
     )
     path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     done = subprocess.run(
@@ -321,7 +374,7 @@ def liger_own_outcomes() -> list[list]:
 def test_liger_grpo_loss(liger_own_outcomes):
     """Values and gradients of every loss type, level and weight, masked and not."""
     found = liger_outcomes(liger.triton_grpo_loss)
-    for i, (ours, theirs) in enumerate(zip(found, liger_own_outcomes, strict=True)):
+    for i, (ours, theirs) in enumerate(zip(found, liger_own_outcomes[0], strict=True)):
         for x, y in zip(ours, theirs, strict=True):
             torch.testing.assert_close(
                 torch.tensor(x),
@@ -330,6 +383,42 @@ def test_liger_grpo_loss(liger_own_outcomes):
                 atol=2e-6,
                 msg=lambda text, i=i: f"{LIGER_CASES[i // 2]}: {text}",
             )
+
+
+@pytest.mark.slow
+def test_liger_functions_beneath(liger_own_outcomes):
+    found = (
+        function_outcomes(liger.GrpoLossFunction),
+        log_softmax_outcomes(liger.fused_selective_log_softmax),
+    )
+    for ours, theirs in zip(found, liger_own_outcomes[1:], strict=True):
+        for x, y in zip(ours, theirs, strict=True):
+            for a, b in zip(x, y, strict=True):
+                torch.testing.assert_close(*map(torch.tensor, (a, b)), rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("phi_seq", [None, torch.ones(B - 1), torch.ones(B, L)])
+def test_liger_vespo_needs_a_weight_of_each_sequence(phi_seq):
+    logits, ids = torch.zeros(B, L + 1, V), torch.zeros(B, L, dtype=torch.int64)
+    arguments = (logits, None, None, ids, torch.ones(B), None, 1.0, 0.0, 0.2, 0.2, False, "vespo")
+    with pytest.raises(ValueError, match="phi_seq must have shape"):
+        liger.GrpoLossFunction.apply(*arguments, phi_seq=phi_seq)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (trl, "ChunkedDivergenceFunction"),
+        (liger, "LigerFusedLinearCrossEntropyFunction"),
+        (liger, "LigerFusedLinearScaledCrossEntropyTPFunction"),
+        (verl, "vocab_parallel_entropy"),
+        (verl, "vocab_parallel_log_probs_from_logits"),
+    ],
+)
+def test_what_is_not_served_says_so(module, name):
+    with pytest.raises(NotImplementedError, match=f"{name} is not served by .*: "):
+        exec(f"from {module.__name__} import {name}")
+    assert not hasattr(module, "anything_else")
 
 
 def test_liger_signature():
@@ -440,6 +529,31 @@ def test_verl_functions(verl_functional):
             for f in (ours, theirs)
         ]
         assert pairs[0] == pairs[1]
+
+
+def test_verl_functions_that_leave_the_logits(verl_functional):
+    logits, labels = example()
+    name = "calculate_sum_pi_squared_from_logits"
+    compare(getattr(verl, name), getattr(verl_functional, name), logits, wrt=logits)
+    name = "logprobs_from_logits_v2"
+    compare(getattr(verl, name), getattr(verl_functional, name), logits, labels, wrt=logits)
+    before = logits.detach().clone()
+    verl.logprobs_from_logits_v2(logits, labels).sum().backward()
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("kind", ["normal", "peaked", "huge", "masked"])
+def test_verl_sum_of_squares_is_exact(kind):
+    logits = torch.randn(B, L, V, generator=seeded(0), dtype=torch.float64)
+    logits = {
+        "normal": logits,
+        "peaked": logits + 30 * torch.eye(V, dtype=torch.float64)[3],
+        "huge": logits + 1e4,
+        "masked": torch.where(torch.arange(V) < 9, -torch.inf, logits),
+    }[kind].float()
+    truth = logits.double().softmax(-1).square().sum(-1)
+    found = verl.calculate_sum_pi_squared_from_logits(logits)
+    torch.testing.assert_close(found.double(), truth, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, B * L), (B, L), (B * L,)])

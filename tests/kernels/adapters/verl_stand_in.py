@@ -23,6 +23,12 @@ def modules() -> dict[str, ModuleType]:
     def logprobs_from_logits(logits, labels, inplace_backward=True):
         return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
 
+    def logprobs_from_logits_v2(logits, labels):
+        return logprobs_from_logits(logits, labels)
+
+    def calculate_sum_pi_squared_from_logits(logits):
+        return logits.softmax(-1).square().sum(-1)
+
     def entropy_from_logits(logits):
         return torch.distributions.Categorical(logits=logits).entropy()
 
@@ -47,6 +53,8 @@ def modules() -> dict[str, ModuleType]:
 
     functional = found["verl.utils.torch_functional"]
     functional.logprobs_from_logits = logprobs_from_logits
+    functional.logprobs_from_logits_v2 = logprobs_from_logits_v2
+    functional.calculate_sum_pi_squared_from_logits = calculate_sum_pi_squared_from_logits
     functional.entropy_from_logits = entropy_from_logits
     functional.entropy_from_logits_with_chunking = entropy_from_logits_with_chunking
     found["verl.utils.kernel.linear_cross_entropy"].linear_cross_entropy = linear_cross_entropy
