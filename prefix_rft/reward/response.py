@@ -22,6 +22,6 @@ def response_text(
     ids = [*prefix_ids, *completion.token_ids]
     if completion.token_ids and completion.finish_reason == "stop":
         last = tokenizer.added_tokens_decoder.get(ids[-1])
-        if last is not None and last.special:  # the end of a turn
+        if last is not None:  # the end of a turn, special or not
             ids.pop()
     return tokenizer.decode([token for token in ids if token not in hidden])

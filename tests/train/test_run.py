@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from prefix_rft.checks import ConfigError, UserError
 from prefix_rft.config import Config, load_config, packages, save_config
 from prefix_rft.train.checkpoint import CheckpointError
-from prefix_rft.train.run import _open_run, evaluate_model, export_checkpoint, train
+from prefix_rft.train.resume import open_run
+from prefix_rft.train.run import evaluate_model, export_checkpoint, train
 from tests.tiny import make_run
 
 
@@ -214,8 +215,8 @@ def test_results_of_the_base_are_kept_while_they_hold(config, changes, is_kept) 
     for name, value in changes.items():
         new = replace(getattr(config, name), **value) if isinstance(value, dict) else value
         config = replace(config, **{name: new})
-    assert _open_run(config, resume=True) == ({"base": {}} if is_kept else {}, [])
-    assert _open_run(config, resume=False) == ({}, [])
+    assert open_run(config, resume=True) == ({"base": {}} if is_kept else {}, [])
+    assert open_run(config, resume=False) == ({}, [])
 
 
 @pytest.mark.parametrize(
