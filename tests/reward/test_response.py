@@ -18,7 +18,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *WORDS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
         bos_token="<s>",
@@ -26,6 +26,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<pad>",
         additional_special_tokens=list(SPECIAL[3:]),
     )
+    tokenizer.add_tokens(["<end_of_turn>"])  # not special, as some templates have it
+    return tokenizer
 
 
 def completion(tokenizer: PreTrainedTokenizerFast, text: str, reason: str = "stop") -> Completion:
@@ -38,6 +40,7 @@ def completion(tokenizer: PreTrainedTokenizerFast, text: str, reason: str = "sto
     [
         ("<think> Try </think> unfinished <eos>", "stop", "<think> Try </think> unfinished"),
         ("Try <|im_end|>", "stop", "Try"),
+        ("Try <end_of_turn>", "stop", "Try"),
         ("Try <|im_end|>", "length", "Try <|im_end|>"),
         ("<think> Try </think>", "length", "<think> Try </think>"),
         ("<s> Try <pad> <pad>", "length", "Try"),
