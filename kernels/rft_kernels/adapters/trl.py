@@ -45,6 +45,8 @@ def selective_log_softmax(
         keep = None if row_mask is None else row_mask != 0
         return token_stats(logits, index, temperature=temperature, row_mask=keep).log_probs
     _check.number("temperature", temperature, above=0)
+    shape = (*logits.shape[:-1], index.shape[-1])
+    _check.tensor("index", index, dtypes=_check.INTEGERS, shape=shape, like=logits)
     if row_mask is not None:
         _check.tensor("row_mask", row_mask, dtypes=(), shape=index.shape, like=logits)
     # Measured from the likeliest class, whose log-prob is finite and whose logit is near the

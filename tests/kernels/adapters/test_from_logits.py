@@ -96,6 +96,14 @@ def test_trl_row_mask_is_not_broadcast(row_mask):
         trl.selective_log_softmax(logits, index, row_mask=row_mask)
 
 
+@pytest.mark.parametrize("shape", [(1, L, 2), (B, 1, 2), (L, B, 2)])
+def test_trl_index_is_not_broadcast(shape):
+    """`gather` takes an index of fewer rows, and gives the wrong ones."""
+    logits, _ = example()
+    with pytest.raises(ValueError, match="index must have shape"):
+        trl.selective_log_softmax(logits, torch.zeros(shape, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("with_gradient", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_trl_log_probs_and_entropy(trl_utils, with_gradient, masked):
