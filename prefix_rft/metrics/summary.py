@@ -38,7 +38,7 @@ def _text(name: str, results: Mapping[str, Any]) -> str:
     if value is None:
         return ""
     if not is_fraction(name):
-        return f"{value:.1f}"
+        return f"{value:.{_decimals(name)}f}"
     interval = results.get(f"{name}_ci95")
     around = f" ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})" if interval else ""
     return f"{100 * value:.1f}%{around}"
@@ -47,4 +47,10 @@ def _text(name: str, results: Mapping[str, Any]) -> str:
 def _change(name: str, before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return ""
-    return f"{100 * (after - before):+.1f}" if is_fraction(name) else f"{after - before:+.1f}"
+    if is_fraction(name):
+        return f"{100 * (after - before):+.1f}"
+    return f"{after - before:+.{_decimals(name)}f}"
+
+
+def _decimals(name: str) -> int:
+    return 3 if name.startswith("reward") else 1

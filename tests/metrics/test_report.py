@@ -205,4 +205,6 @@ def test_result_rows_are_percent_points_or_plain_figures():
         ("response length mean", "81.2", "121.0", "+39.8"),
     ]
     assert result_rows({"base": {"greedy": 0.5}}) == [("greedy", "50.0%", "", "")]
+    graded = {"base": {"reward_mean": 0.225}, "trained": {"reward_mean": 0.3}}
+    assert result_rows(graded) == [("reward mean", "0.225", "0.300", "+0.075")]
     assert result_rows({}) == []
