@@ -38,7 +38,6 @@ TOKENS = 1024
 # As published with each model.
 NUM_PARAMETERS = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
     "Qwen/Qwen2.5-Math-1.5B": 1_543_714_304,
     "Qwen/Qwen2.5-Math-7B": 7_615_616_512,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,

@@ -63,7 +63,8 @@ def problems(tokenizer) -> list[Problem]:
 
 def test_prompts_and_demonstrations_are_those_of_the_chat_template(problems, tokenizer) -> None:
     first, second = problems
-    assert first.prompt.startswith("<|im_start|>system\n") and "#### <number><|im_end|>" in first.prompt
+    assert first.prompt.startswith("<|im_start|>system\n")
+    assert "#### <number><|im_end|>" in first.prompt
     assert first.prompt.endswith("<|im_start|>assistant\n")
     assert first.prompt.count("<|im_start|>") == 3  # nothing is put before it twice
     assert tokenizer.decode(first.prompt_ids) == first.prompt
