@@ -132,6 +132,19 @@ def test_readme_losses_are_those_of_the_csv() -> None:
     )
 
 
+def test_figures_of_losses_that_are_functions_are_those_of_the_csv() -> None:
+    figures = {
+        row["variant"]: [
+            f"{float(row['median_ms']) / 1000:.2f} s",
+            f"{float(row['peak_mib']):.0f} MiB",
+        ]
+        for row in rows("token_loss.csv")
+    }
+    found = table("kernels/README.md", "| loss | time | peak memory |")
+    assert len(found) == 7
+    assert all(figures[name] == shown for name, *shown in found)
+
+
 def test_distributed_figures_are_those_of_the_csv() -> None:
     sharded = [("testbed-sharded", "prefix_rft", model) for model in ("base", "trained")]
     document = "docs/distributed.md"
