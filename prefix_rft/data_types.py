@@ -62,7 +62,7 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]  # prefix + continuation
     prefix_length: int
-    rollout_log_probs: tuple[float, ...]  # of the continuation, by the engine
+    rollout_log_probs: tuple[float, ...]  # by the engine, for the continuation
     finish_reason: FinishReason
     text: str  # decoded response
     reward: float

@@ -14,7 +14,8 @@ from . import _check, _dispatch
 from .linear import linear_prefix_rft_loss, linear_token_loss, linear_token_stats
 from .results import PolicyLoss, TokenStats
 
-_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # of the logits, in configs
+# What configs of models call a scale of the logits.
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _EXACT = ("old_log_probs", "advantages", "response_mask", "prefix_mask")  # leading loss inputs
 _Operands = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]  # weight, bias, low_rank
 

@@ -9,8 +9,8 @@ from torch import Tensor
 class TokenStats(NamedTuple):
     """What the policy thinks of each token: both `[...]`, float32 (float64 for float64 logits)."""
 
-    log_probs: Tensor  # of the target, nats
-    entropy: Tensor  # of the whole distribution, nats
+    log_probs: Tensor  # log-probability of the target, nats
+    entropy: Tensor  # entropy of the whole distribution, nats
 
 
 class PolicyLoss(NamedTuple):

@@ -14,7 +14,7 @@ class Answers:
     """What the policy answered to one problem."""
 
     greedy: Score
-    scores: tuple[Score, ...]  # of the k samples, as are the following
+    scores: tuple[Score, ...]  # for the k samples, as in the following fields
     lengths: tuple[int, ...]  # tokens
     truncated: tuple[bool, ...]
 

@@ -10,7 +10,7 @@ from prefix_rft.evaluate.answers import Answers
 from prefix_rft.reward import RewardError, Score
 
 CONFIDENCE = 0.95
-NUM_RESAMPLES = 10_000  # of the bootstrap
+NUM_RESAMPLES = 10_000  # drawn by the bootstrap
 
 
 def summarize(answers: Sequence[Answers]) -> dict:

@@ -26,7 +26,7 @@ def group_advantages(
     """Advantages of the G rollouts of one prompt.
 
     `joint`: A = R - mean of all rewards, prefix included. `exclude_hybrid`: the mean is that of the
-    ordinary rollouts; a hybrid's continuation has A = R, its prefix R - that mean. A group whose
+    on-policy rollouts; a hybrid's continuation has A = R, its prefix R - that mean. A group whose
     rewards are all equal, or in which none is left for the baseline, has A = 0 everywhere.
     """
     has_baseline = baseline == "joint" or not all(is_hybrid)
@@ -37,8 +37,8 @@ def group_advantages(
         mean = sum(rewards) / len(rewards)
         advantages = [Advantage(reward - mean, reward - mean) for reward in rewards]
     else:
-        ordinary = [r for r, hybrid in zip(rewards, is_hybrid, strict=True) if not hybrid]
-        mean = sum(ordinary) / len(ordinary)
+        on_policy = [r for r, hybrid in zip(rewards, is_hybrid, strict=True) if not hybrid]
+        mean = sum(on_policy) / len(on_policy)
         advantages = [
             Advantage(reward if hybrid else reward - mean, reward - mean)
             for reward, hybrid in zip(rewards, is_hybrid, strict=True)

@@ -39,7 +39,7 @@ STYLE = {
     "axes.spines.left": False,
 }
 SMOOTHED_FROM = 30  # points; a curve that long is drawn faint under its running mean
-SMOOTHED_FRACTION = 0.1  # of all points in one mean
+SMOOTHED_FRACTION = 0.1  # points in one mean, as a fraction of all
 
 
 REWARD = Chart(title="Reward", series={"reward/mean": "all"})

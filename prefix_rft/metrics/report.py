@@ -15,8 +15,8 @@ from prefix_rft.metrics.logger import METRICS_FILE, ROLLOUTS_FILE, read_records
 from prefix_rft.metrics.progress import format_rate, format_seconds
 from prefix_rft.metrics.summary import COLUMNS, result_rows
 
-MAX_GROUPS = 6  # of rollouts on the page, spread over the run
-MAX_TOKENS = 1500  # of one rollout on the page
+MAX_GROUPS = 6  # shown on the page, spread over the run
+MAX_TOKENS = 1500  # shown of one rollout
 
 CSS = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #1d2126;

@@ -5,8 +5,8 @@ from typing import Any
 
 UNANSWERED_STEPS = 3  # steps in a row without an advantage and mostly without an answer
 EQUAL_STEPS = 10  # steps in a row without an advantage, for whatever reason
-UNANSWERED_FRACTION = 0.5  # of the rollouts of a step
-UNANSWERED_EVAL_FRACTION = 0.9  # of the responses; a tenth of a base's is enough to learn from
+UNANSWERED_FRACTION = 0.5  # fraction of a step's rollouts that makes it suspicious
+UNANSWERED_EVAL_FRACTION = 0.9  # a tenth of a base's responses is enough to learn from
 EXAMPLE_CHARS = 160
 
 

@@ -14,7 +14,7 @@ from prefix_rft.config import Config
 TOKEN_VARIABLE = "PREFIX_RFT_SERVER_TOKEN"
 TOKEN_SOURCES = f"vllm.token_file or {TOKEN_VARIABLE}"
 _TOKEN_FILE = "server.token"
-_NUM_BYTES = 32  # of randomness
+_NUM_BYTES = 32  # random bytes in a token
 _Message = MutableMapping[str, Any]
 
 _log = logging.getLogger("uvicorn.error")  # the server's; vLLM silences others

@@ -311,7 +311,7 @@ def _rng_states() -> dict[str, list]:
         "torch": torch.get_rng_state().tolist(),
     }
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state().tolist()  # of this rank's device
+        states["cuda"] = torch.cuda.get_rng_state().tolist()  # this rank's device
     return states
 
 

@@ -160,7 +160,7 @@ class _Run:
         else:
             self.log_evaluation(0, summary["base"])
         if trainer.step_index < self.config.trainer.num_steps:
-            for name in ("trained", "model_step"):  # of a shorter run
+            for name in ("trained", "model_step"):  # left by a shorter run
                 summary.pop(name, None)
             self.save_summary()
 

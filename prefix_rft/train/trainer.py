@@ -201,7 +201,7 @@ class Trainer:
                 )
             for i, completion in zip(open_requests, generated, strict=True):
                 completions[i] = completion
-            with step_metrics.phase("reward"):  # of what is still to be graded
+            with step_metrics.phase("reward"):  # waits for what is still being graded
                 scores = scoring.scores()
         rollouts = iter(
             None

@@ -12,7 +12,7 @@ def test_joint_subtracts_the_mean_of_all_and_divides_by_nothing() -> None:
     assert advantages == [Advantage(a, a) for a in (0.5, -0.5, -0.5, 0.5)]
 
 
-def test_exclude_hybrid_uses_the_mean_of_the_ordinary_rollouts() -> None:
+def test_exclude_hybrid_uses_the_mean_of_the_on_policy_rollouts() -> None:
     advantages = group_advantages(
         [1, 0, 0, 0, 1], [False, False, False, False, True], baseline="exclude_hybrid"
     )

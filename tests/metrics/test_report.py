@@ -149,7 +149,7 @@ def test_prefix_and_selected_tokens_are_marked_with_their_entropy(tmp_path):
     make_run(tmp_path, num_steps=1)
     add_sample(tmp_path, 0, sample())
     spans = [(a.get("class"), a.get("title"), text) for a, text in read_page(tmp_path).spans]
-    # legend, then the hybrid rollout, then the ordinary one; tokens without a mark need no span
+    # legend, then the hybrid rollout, then the on-policy one; tokens without a mark need no span
     assert spans == [
         ("p", None, "Shaded"),
         ("p s", None, "Underlined"),

@@ -90,7 +90,7 @@ def test_ranks_of_a_round_carry_like_loads(lengths) -> None:
         assert loads[-1] - loads[0] <= max(lengths)
 
 
-def test_a_filler_adds_nothing() -> None:
+def test_a_dummy_batch_adds_nothing() -> None:
     batch = pack_cpu([make_row(range(n), range(4), 1) for n in (4, 1, 2)])
     filled = dummy_batch(batch)
     assert filled.lengths == (4,) and not filled.response_mask.any()

@@ -222,7 +222,7 @@ def test_a_skipped_push_of_weights_is_caught(monkeypatch) -> None:
         trainer.train_step(Interrupt())
 
 
-def test_hybrid_rollouts_replace_ordinary_ones() -> None:
+def test_hybrid_rollouts_replace_on_policy_ones() -> None:
     trainer = make_trainer(CONFIG)
     for group in trainer.rollouts(StepMetrics(), Interrupt()):
         assert [rollout.is_hybrid for rollout in group.rollouts] == [False, False, False, True]
@@ -236,7 +236,7 @@ def test_hybrid_rollouts_replace_ordinary_ones() -> None:
         assert len(hybrid.response_ids) <= trainer.config.rollout.max_response_length
 
 
-def test_problems_without_a_demonstration_get_ordinary_rollouts() -> None:
+def test_problems_without_a_demonstration_get_on_policy_rollouts() -> None:
     trainer = make_trainer(CONFIG)
     trainer.problems = [replace(problem, demonstration_ids=()) for problem in trainer.problems]
     metrics, _ = trainer.train_step(Interrupt())

@@ -5,4 +5,4 @@ these functions in place of the library's own. Their signatures have no place fo
 vocabulary-sized temporaries, so it is set here: `rft_kernels.adapters.workspace_bytes = 2**28`.
 """
 
-workspace_bytes = 2**30  # of every call that starts from hidden states
+workspace_bytes = 2**30  # for every call that starts from hidden states

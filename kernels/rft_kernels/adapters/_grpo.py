@@ -15,7 +15,7 @@ from ..objective import Terms, clipped_policy, kl_term
 
 _CLIPPED = ("grpo", "dapo", "bnpo", "dr_grpo", "luspo")
 _LOSS_TYPES = (*_CLIPPED, "cispo", "sapo", "vespo")
-_LOWEST_LOG_WEIGHT, _HIGHEST_LOG_WEIGHT = math.log(1e-8), 20.0  # of vespo
+_LOWEST_LOG_WEIGHT, _HIGHEST_LOG_WEIGHT = math.log(1e-8), 20.0  # bounds in vespo
 
 
 class Options(NamedTuple):

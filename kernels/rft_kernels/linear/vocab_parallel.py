@@ -28,7 +28,7 @@ class Shard(NamedTuple):
     group: dist.ProcessGroup
     offset: int  # classes of the ranks before this one
     largest: int  # classes of the largest shard
-    num_classes: int  # of all ranks
+    num_classes: int  # over all ranks
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class ClippedPolicy(NamedTuple):
     """The clipped policy term of each token, all [T]."""
 
     loss: Tensor
-    slope: Tensor  # of the loss by the log-ratio
+    slope: Tensor  # derivative of the loss by the log-ratio
     ratio: Tensor
     clipped_low: Tensor  # bool: the lower bound holds, and there is no slope
     clipped_high: Tensor

@@ -16,7 +16,7 @@ class RowLaunch(NamedTuple):
     lanes: int  # running statistics side by side; 16 bytes of neighbouring logits a thread
     depth: int  # classes a lane takes before its maximum is looked at again
     num_warps: int
-    num_stages: int  # of Triton's pipeline: from 2 on, all but 2 arrive while a tile is worked on
+    num_stages: int  # in Triton's pipeline: from 2 on, all but 2 arrive while a tile is worked on
 
 
 _WIDEST = 2**63

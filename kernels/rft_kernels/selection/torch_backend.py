@@ -85,7 +85,7 @@ def select_over_ranks(
         keys = _ordered_keys(entropy, order)
     shifts = range(8 * keys.element_size() - 8, -1, -8)
     keys = keys.long()
-    base = keys.new_full((), -128)  # of the highest digit, which is signed
+    base = keys.new_full((), -128)  # offset of the highest digit, which is signed
     left = earlier_ties = None
     for shift in shifts:
         digits = (keys >> shift) - base

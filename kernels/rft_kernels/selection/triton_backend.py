@@ -16,7 +16,7 @@ from torch import Tensor
 from .ranks import Ranks
 
 TILE = 2048  # tokens a program looks at together
-MAX_PROGRAMS = 512  # of a pool; a power of 2
+MAX_PROGRAMS = 512  # per pool; a power of 2
 SMALL_POOL = 8192  # tokens up to which one program is enough
 
 _BINS = tl.constexpr(256)
