@@ -132,6 +132,20 @@ def test_readme_losses_are_those_of_the_csv() -> None:
     )
 
 
+def test_figures_of_the_real_model_are_those_of_the_csv() -> None:
+    def shown(row: dict[str, str], measure: str) -> str:
+        low, high = (row.get(f"{measure}_{end}") for end in ("low", "high"))
+        around = f" ({float(low):.1%}–{float(high):.1%})".replace("%", "") if low else ""
+        return f"{float(row[measure]):.1%}{around}"
+
+    names = {"without an answer": "no_answer_frac", "truncated": "truncated_frac"}
+    models = rows("smollm2_gsm8k.csv")
+    found = table("docs/training.md", "| held out | base | after 15 steps |")
+    assert len(found) == 5
+    for name, *cells in found:
+        assert cells == [shown(row, names.get(name, name)) for row in models]
+
+
 def test_figures_of_losses_that_are_functions_are_those_of_the_csv() -> None:
     figures = {
         row["variant"]: [
