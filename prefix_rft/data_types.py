@@ -8,6 +8,7 @@ Shape letters: T tokens of all rows laid end to end, B rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,6 +73,11 @@ class Rollout:
     def is_hybrid(self) -> bool:
         return self.prefix_length > 0
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the policy wrote any of it; a whole demonstration is graded as it stands."""
+        return self.prefix_length < len(self.response_ids)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -101,18 +107,22 @@ class TrainRow:
     origin: Rollout | Problem  # a problem where the response is its demonstration
 
     @classmethod
-    def of_rollout(cls, rollout: Rollout, *, advantage: float, prefix_advantage: float) -> TrainRow:
-        """A rollout with its advantages, on prefix and continuation apart."""
+    def of_rollout(
+        cls, rollout: Rollout, *, advantage: float, prefix_advantage: float, weight: float = 1.0
+    ) -> TrainRow:
+        """A rollout with its advantages, on prefix and continuation apart, and one weight."""
         length = rollout.prefix_length
         prefix = Segment(
             token_ids=rollout.response_ids[:length],
             source="demonstration",
             advantage=prefix_advantage,
+            weight=weight,
         )
         continuation = Segment(
             token_ids=rollout.response_ids[length:],
             source="policy",
             advantage=advantage,
+            weight=weight,
             rollout_log_probs=rollout.rollout_log_probs,
         )
         segments = (prefix, continuation)
@@ -130,6 +140,7 @@ class MiniBatch:
     rows: list[TrainRow]  # those with a gradient
     normalizer: float  # the sum of the tokens' losses is divided by it
     optimizer: str = "policy"  # name of the optimizer that takes the step
+    largest_norm: float = math.inf  # an update whose gradient is longer is skipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +161,7 @@ class TrainBatch:
     weights: torch.Tensor  # [T] float
     rollout_log_probs: torch.Tensor  # [T] float, 0 on tokens from a demonstration
     old_log_probs: torch.Tensor | None = None  # [T] float; None: on-policy, the ratio is 1
+    ref_log_probs: torch.Tensor | None = None  # [T] float, of the reference, where it is asked for
     # [T] bool, the tokens of demonstrations that get gradient; None: all of them
     selected_mask: torch.Tensor | None = None
     active_rows: torch.Tensor | None = None  # [N] int64, positions outside which there is none
@@ -183,4 +195,5 @@ class Update:
     loss: torch.Tensor  # scalar
     sums: dict[str, torch.Tensor]  # the loss's metrics
     gap: torch.Tensor  # [N] nats, see `log_prob_gap`; empty where the policy had moved unseen
-    grad_norm: float  # before clipping; not finite: the update was skipped
+    grad_norm: float  # before clipping
+    is_applied: bool  # False: the gradient was not finite, or too long, and the update skipped

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from prefix_rft.checks import Fraction, config_section, require
-from prefix_rft.methods import DEFAULT_METHOD
+from prefix_rft.methods import DEFAULT_METHOD, AdvantageScale
 
 NonEmpty = Annotated[str, Field(min_length=1, description="a text")]
 AtLeastTwo = Annotated[int, Field(ge=2)]
@@ -162,6 +162,8 @@ class RolloutConfig:
     # texts that end a response as well, with the token that completes one; with vLLM each response
     # is generated to its own end before it is cut
     stop: tuple[NonEmpty, ...] = ()
+    # rollouts that were cut at max_response_length count for their group, and are not learnt from
+    mask_truncated: bool = False
     max_batch_sequences: PositiveInt = 256  # sequences generated at once
     # the run stops above this mean |engine - trainer|, in nats per token; None: it never does
     max_log_prob_gap: PositiveFloat | None = 0.1
@@ -196,6 +198,9 @@ class MethodConfig:
     """What trains the model; each method's own options are in the section of its name."""
 
     name: str = DEFAULT_METHOD  # name of a method, or package.module:Class for your own
+    # advantages of rft and prefix_rft are divided by the standard deviation of the rewards of their
+    # group, or of the whole step
+    advantage_scale: AdvantageScale = "none"
 
 
 @config_section("reward")

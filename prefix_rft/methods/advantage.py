@@ -1,12 +1,16 @@
 """Rewards of a group -> advantages of its rollouts. Pure.
 
-Sources: arXiv 2507.01679, Eq. 3; Dr. GRPO, arXiv 2503.20783 (no standard deviation).
+Sources: arXiv 2507.01679, Eq. 3; Dr. GRPO, arXiv 2503.20783 (no standard deviation); GRPO, arXiv
+2402.03300 (with it).
 """
 
+import statistics
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 Baseline = Literal["joint", "exclude_hybrid"]
+AdvantageScale = Literal["none", "std", "batch_std"]
+STD_EPS = 1e-6
 
 
 class Advantage(NamedTuple):
@@ -14,6 +18,14 @@ class Advantage(NamedTuple):
 
     continuation: float
     prefix: float
+
+    def over(self, scale: float) -> "Advantage":
+        return Advantage(self.continuation / scale, self.prefix / scale)
+
+
+def reward_scale(rewards: Sequence[float]) -> float:
+    """The standard deviation of the rewards (n - 1 in the denominator) plus `STD_EPS`."""
+    return (statistics.stdev(rewards) if len(rewards) > 1 else 0.0) + STD_EPS
 
 
 def group_advantages(

@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     import torch
     from rft_kernels import PolicyConfig
 
-    from prefix_rft.data_types import Group, MiniBatch, Problem, RolloutRequest, TrainBatch, Update
+    from prefix_rft.data_types import (
+        Group,
+        MiniBatch,
+        Problem,
+        Rollout,
+        RolloutRequest,
+        TrainBatch,
+        Update,
+    )
+    from prefix_rft.methods.advantage import AdvantageScale
     from prefix_rft.methods.clipped import LossConfig
 
 Limits = tuple[float | None, float | None]
@@ -35,8 +44,14 @@ class Setting:
     prompts_per_update: int
     group_size: int  # rollouts per prompt
     max_response_length: int  # tokens
+    mask_truncated: bool  # whether rollouts that were cut at it are not learnt from
     eos_token_id: int  # ends a response
+    advantage_scale: AdvantageScale
     loss: LossConfig  # the section [loss]
+
+    def masks(self, rollout: Rollout) -> bool:
+        """Whether a rollout is not learnt from."""
+        return self.mask_truncated and rollout.finish_reason == "length"
 
 
 @dataclass(frozen=True)
@@ -83,8 +98,6 @@ class Method:
     charts: ClassVar[tuple[Chart, ...]] = ()
     # Lines of the console: label -> (word, metric, format) of each figure.
     progress: ClassVar[Mapping[str, tuple[tuple[str, str, str], ...]]] = {}
-    # Optimizers beside "policy": name -> fields that differ from the section [optimizer].
-    optimizers: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, config: Any, setting: Setting) -> None:
         self.config = config  # the section [<name>]
@@ -98,6 +111,16 @@ class Method:
     def num_steps(cls, config: Any, num_problems: int, prompts_per_step: int) -> int | None:
         """The steps of a run over that many problems; None: `trainer.num_steps`."""
         return None
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether its loss takes the log-probs of the reference model."""
+        return False
+
+    @classmethod
+    def optimizers(cls, config: Any) -> Mapping[str, Mapping[str, Any]]:
+        """Optimizers beside "policy": name -> fields that differ from the section [optimizer]."""
+        return {}
 
     @classmethod
     def accepts(cls, problem: Problem) -> bool:
@@ -114,6 +137,13 @@ class Method:
         A request without a budget (`max_new_tokens = 0`) is graded as it stands.
         """
         raise NotImplementedError
+
+    def plan_rest(self, group: Group, step: int) -> list[RolloutRequest]:
+        """Further sequences of a group, once those of `plan_group` are graded.
+
+        They join the group's rollouts, behind the others.
+        """
+        return []
 
     def mini_batches(self, groups: Sequence[Group], step: int) -> list[MiniBatch]:
         """The updates of this step, in order."""

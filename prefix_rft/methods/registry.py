@@ -7,11 +7,13 @@ from prefix_rft.checks import ConfigError
 from prefix_rft.methods.method import Chart, Method
 from prefix_rft.methods.prefix_rft import PrefixRFT
 from prefix_rft.methods.rft import RFT
+from prefix_rft.methods.rl_sft_loss import RLSFTLoss
 from prefix_rft.methods.sft import SFT
 
 AnyMethod = TypeVar("AnyMethod", bound=type[Method])
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (PrefixRFT, RFT, SFT)}
+_SHIPPED = (PrefixRFT, RFT, SFT, RLSFTLoss)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _SHIPPED}
 DEFAULT_METHOD = PrefixRFT.name
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from pydantic import PositiveInt
 
 from prefix_rft.checks import config_section
-from prefix_rft.data_types import Group, MiniBatch, Problem, RolloutRequest, Segment, TrainRow
+from prefix_rft.data_types import Group, MiniBatch, Problem, RolloutRequest
+from prefix_rft.methods.demonstration import demonstration_row
 from prefix_rft.methods.method import Figure, Method, TokenLoss
 
 if TYPE_CHECKING:
@@ -54,19 +55,8 @@ class SFT(Method):
         return [self._mini_batch(part) for part in parts]
 
     def _mini_batch(self, groups: Sequence[Group]) -> MiniBatch:
-        rows = [
-            TrainRow(
-                prompt_ids=group.problem.prompt_ids,
-                segments=(
-                    Segment(
-                        token_ids=(*group.problem.demonstration_ids, self.setting.eos_token_id),
-                        source="demonstration",
-                    ),
-                ),
-                origin=group.problem,
-            )
-            for group in groups
-        ]
+        eos = self.setting.eos_token_id
+        rows = [demonstration_row(group.problem, eos) for group in groups]
         return MiniBatch(rows=rows, normalizer=sum(len(row.response_ids) for row in rows))
 
     def loss(self, mini_batch: MiniBatch) -> TokenLoss:

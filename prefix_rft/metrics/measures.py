@@ -22,14 +22,14 @@ STATUSES = ("correct", "wrong", *UNGRADED)
 
 
 def measure_rollouts(step_metrics: StepMetrics, groups: Sequence[Group]) -> None:
-    """Rewards, lengths and grader statuses of all rollouts of a step."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    """Rewards, lengths and grader statuses of all rollouts of a step that the policy wrote."""
+    rewards = [[each.reward for each in group.rollouts if each.is_sampled] for group in groups]
+    rollouts = [each for group in groups for each in group.rollouts if each.is_sampled]
     for rollout in rollouts:
         step_metrics.mean("reward/mean", rollout.reward, 1)
         step_metrics.mean("rollout/response_length_mean", len(rollout.response_ids), 1)
         step_metrics.mean("rollout/truncated_frac", rollout.finish_reason == "length", 1)
         step_metrics.add("rollout/generated_tokens_sum", len(rollout.rollout_log_probs))
-    rewards = [[rollout.reward for rollout in group.rollouts] for group in groups]
     for each in filter(lambda each: len(each) > 1, rewards):
         step_metrics.mean("reward/zero_std_frac", len(set(each)) == 1, 1)
     statuses = Counter(rollout.status for rollout in rollouts)
@@ -43,10 +43,13 @@ def measure_updates(
     step_metrics: StepMetrics, groups: Sequence[Group], updates: Sequence[Update]
 ) -> None:
     """Loss, gradient, clipping, entropy, and the gap between engine and trainer."""
-    num_rollouts = sum(len(group.rollouts) for group in groups)
-    num_used = sum(isinstance(row.origin, Rollout) for update in updates for row in update.rows)
+    num_rollouts = sum(rollout.is_sampled for group in groups for rollout in group.rollouts)
+    origins = [row.origin for update in updates for row in update.rows]
+    num_used = sum(isinstance(origin, Rollout) and origin.is_sampled for origin in origins)
     step_metrics.mean("rollout/left_out_frac", num_rollouts - num_used, num_rollouts)
+    step_metrics.add("optim/updates_sum", len(updates))
     step_metrics.add("optim/skipped_updates_sum", 0)
+    step_metrics.add("policy/loss_tokens_sum", 0)
     for update in updates:
         _measure_update(step_metrics, update)
 
@@ -61,9 +64,9 @@ def _measure_update(step_metrics: StepMetrics, update: Update) -> None:
     ):
         if figure in sums:
             step_metrics.mean(name, sums[figure], sums["num_tokens"])
-    finite = math.isfinite(update.grad_norm)
-    step_metrics.add("optim/skipped_updates_sum", not finite)
-    if finite:
+    step_metrics.add("policy/loss_tokens_sum", sums["num_tokens"])
+    step_metrics.add("optim/skipped_updates_sum", not update.is_applied)
+    if math.isfinite(update.grad_norm):
         step_metrics.mean("optim/grad_norm_mean", update.grad_norm, 1)
 
     continuation = batch.response_mask & ~batch.prefix_mask & (batch.advantages != 0)

@@ -1,15 +1,13 @@
-"""One training step, top to bottom: generate, score, take advantages, select, update.
+"""One training step, top to bottom: sample groups, take advantages, select, update.
 
-Each rank generates and scores its share of the prompts, then tells the others: from there on every
-rank knows the whole mini-batch, decides the same, and computes its share of the micro-batches.
+Once the groups are sampled every rank knows the whole mini-batch, decides the same, and computes
+its share of the micro-batches.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,14 +16,10 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.config import Config
-from prefix_rft.data import batch_indices
 from prefix_rft.data_types import (
-    Completion,
     Group,
     MiniBatch,
     Problem,
-    Rollout,
-    RolloutRequest,
     TrainBatch,
     Update,
 )
@@ -40,15 +34,15 @@ from prefix_rft.metrics import (
     throughput,
 )
 from prefix_rft.model import Policy, World, end_of_response_id, full_tensor
-from prefix_rft.reward import Rewarder, Scoring, response_text
-from prefix_rft.rollout import RolloutEngine, serving
+from prefix_rft.reward import Rewarder
+from prefix_rft.rollout import RolloutEngine
 from prefix_rft.train.checkpoint import CheckpointWriter, TrainerState, load_checkpoint
 from prefix_rft.train.interrupt import Interrupt
 from prefix_rft.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from prefix_rft.train.packing import dummy_batch, pack, plan_micro_batches, take_rows, token_index
+from prefix_rft.train.sampler import Sampler
 
 POLICY = "policy"  # the optimizer that every method has
-NOTHING_GENERATED = Completion(token_ids=(), log_probs=(), finish_reason="stop")
 
 
 class Trainer:
@@ -77,10 +71,18 @@ class Trainer:
         self.rewarder = rewarder
         self.problems = problems
         self.method = make_method(config, tokenizer)
+        self.sampler = Sampler(
+            config,
+            method=self.method,
+            tokenizer=tokenizer,
+            engine=engine,
+            rewarder=rewarder,
+            world=self.world,
+        )
         self.updates_per_step = config.trainer.prompts_per_step // config.trainer.prompts_per_update
         self.optimizer_configs = {POLICY: config.optimizer} | {
             name: replace(config.optimizer, **changes)
-            for name, changes in self.method.optimizers.items()
+            for name, changes in self.method.optimizers(self.method.config).items()
         }
         self.optimizers = {
             name: make_optimizer(policy.parameters(), each, policy.device)
@@ -143,84 +145,11 @@ class Trainer:
 
     def rollouts(self, step_metrics: StepMetrics, interrupt: Interrupt) -> list[Group]:
         """The groups of this step, generated and scored."""
-        config, step = self.config, self.step_index
-        for name, value in self.method.schedule(step).items():
+        for name, value in self.method.schedule(self.step_index).items():
             step_metrics.add(name, value)
-        order = batch_indices(
-            len(self.problems), config.trainer.prompts_per_step, step, config.seed
+        return self.sampler.groups(
+            self.problems, self.step_index, self.policy, step_metrics, interrupt
         )
-        problems = [self.problems[i] for i in order]
-        plans = [self.method.plan_group(problem, step) for problem in problems]
-        if not any(plans):
-            return [Group(problem=problem, rollouts=()) for problem in problems]
-        with ExitStack() as stack:
-            with step_metrics.phase("push"):
-                stack.enter_context(serving(self.engine, self.policy, version=step))
-            with interrupt.cancellable(at_once=not self.engine.is_collective):
-                planned = list(zip(problems, plans, strict=True))
-                shard = self.generate(self.world.shard(planned), step_metrics)
-        with step_metrics.phase("wait"):  # for the slowest rank
-            rollouts = self.world.all_gather(shard)
-        if config.reward.allow_none:
-            num_planned, num_scored = sum(map(len, plans)), sum(map(len, rollouts))
-            step_metrics.mean("grader/no_reward_frac", num_planned - num_scored, num_planned)
-        return [
-            Group(problem=problem, rollouts=rollouts)
-            for problem, rollouts in zip(problems, rollouts, strict=True)
-        ]
-
-    def generate(
-        self,
-        planned: Sequence[tuple[Problem, list[RolloutRequest]]],
-        step_metrics: StepMetrics,
-    ) -> list[tuple[Rollout, ...]]:
-        """The rollouts of each group that is planned, without those that got no reward."""
-        config, step = self.config, self.step_index
-        requests = [request for _, plan in planned for request in plan]
-        problems = [problem for problem, plan in planned for _ in plan]
-        completions = [NOTHING_GENERATED] * len(requests)
-        texts = [""] * len(requests)
-        open_requests = [i for i, request in enumerate(requests) if request.max_new_tokens]
-        with Scoring(self.rewarder, problems) as scoring:
-
-            def score(index: int, completion: Completion) -> None:
-                prefix_ids = requests[index].prefix_ids
-                texts[index] = response_text(self.tokenizer, completion, prefix_ids)
-                scoring.add(index, texts[index])
-
-            for i, request in enumerate(requests):
-                if not request.max_new_tokens:
-                    score(i, NOTHING_GENERATED)
-            with step_metrics.phase("generate"):
-                generated = self.engine.generate(
-                    [requests[i] for i in open_requests],
-                    temperature=config.rollout.temperature,
-                    seed=(config.seed << 32) + step * self.world.size + self.world.rank,
-                    weights_version=step,
-                    on_done=lambda k, completion: score(open_requests[k], completion),
-                )
-            for i, completion in zip(open_requests, generated, strict=True):
-                completions[i] = completion
-            with step_metrics.phase("reward"):  # waits for what is still being graded
-                scores = scoring.scores()
-        rollouts = iter(
-            None
-            if score.reward is None
-            else Rollout(
-                prompt_ids=request.prompt_ids,
-                response_ids=request.prefix_ids + completion.token_ids,
-                prefix_length=len(request.prefix_ids),
-                rollout_log_probs=completion.log_probs,
-                finish_reason=completion.finish_reason,
-                text=text,
-                reward=score.reward,
-                status=score.status,
-            )
-            for request, completion, text, score in zip(
-                requests, completions, texts, scores, strict=True
-            )
-        )
-        return [tuple(filter(None, islice(rollouts, len(plan)))) for _, plan in planned]
 
     def pack(self, mini_batch: MiniBatch, step_metrics: StepMetrics) -> TrainBatch:
         """The rows in tensors; where the policy moves within the step, with its log-probs before.
@@ -246,7 +175,7 @@ class Trainer:
     ) -> Update:
         """Prepare the batch, sum the gradient over micro-batches, take one optimizer step.
 
-        A gradient that is not finite is dropped, and counted.
+        A gradient that is not finite, or too large for the method, is dropped, and counted.
 
         Args:
             has_moved: the policy is no longer the one that generated.
@@ -281,7 +210,7 @@ class Trainer:
             if batch.old_log_probs is None:
                 gap = gap[:0] if has_moved else gap
                 check_gap(gap, self.config.rollout.max_log_prob_gap)
-            grad_norm = self.optimizer_step(mini_batch.optimizer)
+            grad_norm, is_applied = self.optimizer_step(mini_batch)
         asked = torch.zeros_like(batch.prefix_mask)
         asked[token_index(batch, rows)] = True
         return Update(
@@ -293,17 +222,20 @@ class Trainer:
             sums=sums,
             gap=gap,
             grad_norm=grad_norm,
+            is_applied=is_applied,
         )
 
-    def optimizer_step(self, name: str) -> float:
-        """Clip the gradient and apply it, if it is finite; its norm before."""
+    def optimizer_step(self, mini_batch: MiniBatch) -> tuple[float, bool]:
+        """Clip the gradient and apply it; its norm before, and whether it was fit to be applied."""
+        name = mini_batch.optimizer
         config, optimizer = self.optimizer_configs[name], self.optimizers[name]
         norm = clip_grad_norm_(self.policy.model.parameters(), config.max_grad_norm)
         norm = full_tensor(norm).item()
-        if math.isfinite(norm):
+        is_applied = math.isfinite(norm) and norm <= mini_batch.largest_norm
+        if is_applied:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm, is_applied
 
     def token_stats(
         self, batch: TrainBatch, rows: Sequence[int]
@@ -345,7 +277,9 @@ def make_method(config: Config, tokenizer: PreTrainedTokenizerBase) -> Method:
         prompts_per_update=config.trainer.prompts_per_update,
         group_size=config.rollout.group_size,
         max_response_length=config.rollout.max_response_length,
+        mask_truncated=config.rollout.mask_truncated,
         eos_token_id=end_of_response_id(tokenizer),
+        advantage_scale=config.method.advantage_scale,
         loss=config.loss,
     )
     return method(config.section(method), setting)

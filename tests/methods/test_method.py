@@ -52,7 +52,10 @@ class Probe(Method):
     """
 
     name = "probe"
-    optimizers = {"second": {"lr": 5e-3, "weight_decay": 0.5}}
+
+    @classmethod
+    def optimizers(cls, config: Any) -> Mapping[str, Mapping[str, Any]]:
+        return {"second": {"lr": 5e-3, "weight_decay": 0.5}}
 
     def __init__(self, config: Any, setting: Any) -> None:
         super().__init__(config, setting)
@@ -147,8 +150,10 @@ def test_both_updates_equal_the_straight_line_script() -> None:
     assert largest_difference(trainer.policy.model, model) < 1e-9
     assert metrics["optim/lr"] == 1e-2 and metrics["optim/second_lr"] == 5e-3
     assert metrics["probe/ratio_mean"] == pytest.approx(1.0)
-    # The whole demonstrations are in no update as rollouts.
-    assert metrics["rollout/left_out_frac"] == pytest.approx(1 / (NUM_ROLLOUTS + 1))
+    # Whole demonstrations are no rollouts.
+    assert metrics["rollout/left_out_frac"] == 0
+    rewards = [rollout.reward for group in groups for rollout in group.rollouts[:-1]]
+    assert metrics["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
 
 
 def test_a_checkpoint_keeps_all_optimizers_and_what_the_method_remembers(tmp_path: Path) -> None:
