@@ -33,6 +33,7 @@ from prefix_rft.config.sections import (
     RolloutConfig,
     ShardingConfig,
     TestbedConfig,
+    TiersConfig,
     TrainerConfig,
     VLLMConfig,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "RolloutConfig",
     "ShardingConfig",
     "TestbedConfig",
+    "TiersConfig",
     "TrainerConfig",
     "VLLMConfig",
     "config_from_dict",

@@ -23,8 +23,10 @@ from prefix_rft.config.sections import (
     OptimizerConfig,
     RewardConfig,
     RolloutConfig,
+    Seed,
     ShardingConfig,
     TestbedConfig,
+    TiersConfig,
     TrainerConfig,
     VLLMConfig,
 )
@@ -58,11 +60,11 @@ class Config:
         Field(pattern=r"^[\w.-]*\w$", description="letters, digits, '_', '-' and '.'"),
     ] = "run"
     output_dir: str | None = None  # run folder; None: runs/<name>
-    # seed of everything random
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number in [0, 2**32)")] = 0
+    seed: Seed = 0  # seed of everything random
 
     data: DataConfig = field(default_factory=DataConfig)
     testbed: TestbedConfig = field(default_factory=TestbedConfig)
+    tiers: TiersConfig = field(default_factory=TiersConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -95,6 +97,10 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir or f"runs/{self.name}")
+
+    @property
+    def data_seed(self) -> int:
+        return self.seed if self.data.seed is None else self.data.seed
 
     def section(self, method: type[Method]) -> Any:
         """The section of `method`; None where it has none."""

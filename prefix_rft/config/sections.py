@@ -16,13 +16,14 @@ NonEmpty = Annotated[str, Field(min_length=1, description="a text")]
 AtLeastTwo = Annotated[int, Field(ge=2)]
 Beta = Annotated[float, Field(ge=0, lt=1, description="a number in [0, 1)")]
 Steps = Annotated[int, Field(ge=1, le=26, description="a whole number in [1, 26]")]
+Seed = Annotated[int, Field(ge=0, lt=2**32, description="a whole number in [0, 2**32)")]
 
 
 @config_section("data")
 class DataConfig:
     """The problems to train on, and those held out for evaluation."""
 
-    # "testbed", a file (parquet, json, jsonl), a folder, or a hub id[:configuration]
+    # "testbed", "tiers", a file (parquet, json, jsonl), a folder, or a hub id[:configuration]
     path: Annotated[str, Field(min_length=1, description="a path or hub id")] = "testbed"
     split: str = "train"  # split of `path`
     eval_path: str | None = None  # held-out problems; None: the last `num_eval` rows of `path`
@@ -39,6 +40,9 @@ class DataConfig:
     max_prompt_tokens: PositiveInt = 1024  # problems with a longer prompt are left out
     # fraction of rows that keep their demonstration; the others become plain RL rows
     demonstration_fraction: Fraction = 1.0
+    # seed of generated problems, of a base by [base] and of which demonstrations are kept: what
+    # runs with different seeds can share; None: seed
+    seed: Seed | None = None
     strict: bool = False  # refuse a dataset with unusable rows instead of dropping them
 
     def __post_init__(self) -> None:
@@ -89,6 +93,35 @@ class TestbedConfig:
             f"at least twice testbed.max_operand ({self.max_operand})",
             self.max_value,
         )
+
+
+@config_section("tiers")
+class TiersConfig:
+    """The synthetic problems in tiers of difficulty of `data.path = "tiers"`."""
+
+    num_train: PositiveInt = 4096  # problems to train on
+    skill_fraction: Fraction = 0.25  # fraction of them with the operation the base does not know
+    wrong_fraction: Fraction = 0.05  # fraction of them whose demonstration is wrong
+    easy_steps: Annotated[Steps, Field(ge=2)] = 3  # operations of the longest easy problems
+    medium_steps: Steps = 5  # operations of the longest problems of the tiers medium and skill
+    hard_steps: Steps = 7  # operations of the longest hard problems
+    beyond_steps: Steps = 9  # operations of the longest problems, which are only held out
+    # fraction of the base's training texts whose prompt asks for the steps and which show them
+    asked_fraction: Fraction = 0.6
+    # fraction of easy problems worked step by step when the prompt does not ask for it
+    easy_worked_fraction: Fraction = 0.6
+    medium_worked_fraction: Fraction = 0.05  # the same for medium problems; hard ones never are
+
+    def __post_init__(self) -> None:
+        tiers = ("easy", "medium", "hard", "beyond")
+        for shorter, longer in zip(tiers, tiers[1:], strict=False):
+            least = getattr(self, f"{shorter}_steps")
+            require(
+                getattr(self, f"{longer}_steps") > least,
+                f"tiers.{longer}_steps",
+                f"more than tiers.{shorter}_steps ({least})",
+                getattr(self, f"{longer}_steps"),
+            )
 
 
 @config_section("base")
@@ -294,6 +327,8 @@ class EvalConfig:
     temperature: PositiveFloat = 0.6  # sampling temperature of the k samples
     # tokens of a response at most; None: as in training
     max_response_length: AtLeastTwo | None = None
+    # column of the held-out rows; avg@k and greedy are also reported for each of its values
+    group_by: NonEmpty | None = None
 
 
 @config_section("log")

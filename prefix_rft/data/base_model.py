@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import BaseConfig, Config, model_at
 from prefix_rft.data.columns import find_map
+from prefix_rft.data.generated import GENERATED, generated_lessons, vocabulary_texts
 from prefix_rft.data.problems import load_problems
 from prefix_rft.data.sources import load_rows
-from prefix_rft.data.testbed import make_lessons, make_rows
 
 PAD, EOS = "<|pad|>", "<|end|>"
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -48,8 +48,8 @@ class _Text(NamedTuple):
 def resolve_base(config: Config) -> Path | str:
     """The model a run starts from: `model.path`, or a base trained on the run's own data.
 
-    The base learns from the testbed's lessons or from the demonstrations of `data.path`; held-out
-    problems are not among its training texts.
+    The base learns from the lessons of a generated dataset or from the demonstrations of
+    `data.path`; held-out problems are not among its training texts.
 
     Raises:
         UserError: the rows cannot be loaded, or none can be trained on.
@@ -57,15 +57,11 @@ def resolve_base(config: Config) -> Path | str:
     if config.model.path is not None:
         return model_at(config.model.path)
     base, data = config.base, config.data
-    if data.path == "testbed":
-        _, held_out = make_rows(config.testbed, data.num_eval, config.seed)
-        lessons = make_lessons(
-            config.testbed,
-            base.num_batches * base.batch_size,
-            config.seed,
-            exclude=[row["prompt"] for row in held_out],
-        )
-        tokenizer = train_tokenizer([text for pair in lessons for text in pair], base.vocab_size)
+    if data.path in GENERATED:
+        lessons = generated_lessons(config)
+        texts = [text for pair in lessons for text in pair] + vocabulary_texts(config)
+        tokenizer = train_tokenizer(texts, base.vocab_size)
+        load_problems(config, tokenizer, trains=False)  # refuses now what a run would refuse later
         corpus = [(render_prompt(tokenizer, prompt), completion) for prompt, completion in lessons]
     else:
         tokenizer = train_tokenizer(_row_texts(config), base.vocab_size)
@@ -75,7 +71,7 @@ def resolve_base(config: Config) -> Path | str:
         )
         problems = load_problems(whole, tokenizer).train
         corpus = [(p.prompt, p.demonstration) for p in problems if p.demonstration is not None]
-    return build_base(base, tokenizer, corpus, config.seed)
+    return build_base(base, tokenizer, corpus, config.data_seed)
 
 
 def _row_texts(config: Config) -> list[str]:

@@ -12,11 +12,12 @@ import datasets
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from prefix_rft.checks import require
 from prefix_rft.config import Config, DataConfig
 from prefix_rft.data.columns import ColumnMap, DataError, Message, Row, find_map
+from prefix_rft.data.generated import GENERATED, generated_rows
 from prefix_rft.data.load_report import Findings, LoadReport
 from prefix_rft.data.sources import load_rows
-from prefix_rft.data.testbed import make_rows
 from prefix_rft.data_types import Problem
 from prefix_rft.model import vocabulary_size
 from prefix_rft.reward import Grader, clean_answer, plain_number
@@ -44,13 +45,14 @@ def load_problems(
     """The training and the held-out problems of a run.
 
     Held out are at most `data.num_eval` problems of `data.eval_path`, evenly spaced. Without
-    `data.eval_path` they are the last `data.num_eval` problems of `data.path`, or, for the testbed,
-    as many that are generated separately.
+    `data.eval_path` they are the last `data.num_eval` problems of `data.path`, or, where
+    those are generated, as many that are generated separately.
 
     Args:
         trains: read the training problems; otherwise any number of rows can be held out.
     Raises:
         DataError: see `load_rows`, `problems_from_rows`, `split_held_out`.
+        ConfigError: held-out rows do not have the column `eval.group_by`.
     """
     data = config.data
 
@@ -68,9 +70,9 @@ def load_problems(
 
     reports: list[LoadReport] = []
     made_rows: list[Row] = []
-    is_read = trains or (data.path != "testbed" and data.eval_path is None)
-    if data.path == "testbed":
-        rows, made_rows = make_rows(config.testbed, data.num_eval, config.seed)
+    is_read = trains or (data.path not in GENERATED and data.eval_path is None)
+    if data.path in GENERATED:
+        rows, made_rows = generated_rows(config)
     elif is_read:
         rows = load_rows(data.path, data.split)
     train = tokenized(rows, source=data.path) if is_read else []
@@ -86,8 +88,9 @@ def load_problems(
             train, held_out = split_held_out(train, data.num_eval)
         else:
             train, held_out = [], train[-data.num_eval :]
-        held_out = keep_demonstrations(held_out, 0.0, config.seed)
-    train = keep_demonstrations(train, data.demonstration_fraction, config.seed)
+        held_out = keep_demonstrations(held_out, 0.0, config.data_seed)
+    _check_groups(held_out, config.eval.group_by)
+    train = keep_demonstrations(train, data.demonstration_fraction, config.data_seed)
     return LoadedProblems(train, held_out, reports)
 
 
@@ -151,6 +154,16 @@ def problems_from_rows(
     if config.strict and not all(finding.is_note for finding in report.findings):
         raise DataError(f"refused because of data.strict\n{report}")
     return problems, report
+
+
+def _check_groups(problems: Sequence[Problem], column: str | None) -> None:
+    for problem in problems:
+        require(
+            column is None or problem.columns.get(column) is not None,
+            "eval.group_by",
+            f"a column with a value in each held-out row, of {sorted(problem.columns)}",
+            column,
+        )
 
 
 def keep_demonstrations(problems: Sequence[Problem], fraction: float, seed: int) -> list[Problem]:

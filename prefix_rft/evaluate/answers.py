@@ -17,6 +17,7 @@ class Answers:
     scores: tuple[Score, ...]  # for the k samples, as in the following fields
     lengths: tuple[int, ...]  # tokens
     truncated: tuple[bool, ...]
+    group: str | None = None  # the problem's value of the column `eval.group_by`
 
 
 def answer(
@@ -29,7 +30,10 @@ def answer(
     max_response_length: int,
     seed: int,
 ) -> list[Answers]:
-    """One greedy answer and k = `config.num_samples` sampled ones to each of `problems`, scored."""
+    """One greedy answer and k = `config.num_samples` sampled ones to each of `problems`, scored.
+
+    Where `config.group_by` is given, all problems must have that column.
+    """
     k = config.num_samples
     limit = config.max_response_length or max_response_length
     requests = [RolloutRequest(prompt_ids=p.prompt_ids, max_new_tokens=limit) for p in problems]
@@ -53,6 +57,7 @@ def answer(
             scores=tuple(scores[span]),
             lengths=tuple(len(c.token_ids) for c in completions[span]),
             truncated=tuple(c.finish_reason == "length" for c in completions[span]),
+            group=None if config.group_by is None else str(problem.columns[config.group_by]),
         )
-        for best, span in zip(greedy, spans, strict=True)
+        for problem, best, span in zip(problems, greedy, spans, strict=True)
     ]

@@ -18,23 +18,18 @@ def summarize(answers: Sequence[Answers]) -> dict:
 
     Fractions are in [0, 1]; lengths in tokens; `<name>_ci95` is [low, high] of a bootstrap over
     problems. Rewards that say more than correct or not have their own mean, of the k samples.
-    Answers without a reward are left out.
+    Answers without a reward are left out. Where answers have a group, `num_problems/<group>`,
+    `greedy/<group>` and `avg@k/<group>` follow for each, in the order of their first answers.
 
     Raises:
         RewardError: no greedy answer has a reward, or no sampled one.
     """
     k = len(answers[0].scores)
-    greedy = np.array([is_correct for each in answers for is_correct in _outcomes([each.greedy])])
-    sampled = [outcomes for each in answers if (outcomes := _outcomes(each.scores))]
-    if not len(greedy) or not sampled:
+    results = _accuracies(answers)
+    if not {"greedy", f"avg@{k}"} <= results.keys():
         raise RewardError(f"no reward for any answer to {len(answers)} held-out problems")
-    accuracies = np.array([np.mean(outcomes) for outcomes in sampled])
-    results = {
-        "num_problems": len(answers),
-        "greedy": float(greedy.mean()),
-        "greedy_ci95": bootstrap_interval(greedy),
-        f"avg@{k}": float(accuracies.mean()),
-        f"avg@{k}_ci95": bootstrap_interval(accuracies),
+    sampled = [outcomes for each in answers if (outcomes := _outcomes(each.scores))]
+    results |= {
         f"pass@{k}": float(np.mean([pass_at_k(len(x), sum(x), len(x)) for x in sampled])),
         "response_length_mean": float(np.mean([each.lengths for each in answers])),
         "truncated_frac": float(np.mean([each.truncated for each in answers])),
@@ -44,6 +39,23 @@ def summarize(answers: Sequence[Answers]) -> dict:
     rewards = [score.reward for score in scores if score.reward is not None]
     if not {0.0, 1.0}.issuperset(rewards):
         results["reward_mean"] = float(np.mean(rewards))
+    for group in dict.fromkeys(each.group for each in answers if each.group is not None):
+        results |= _accuracies([each for each in answers if each.group == group], f"/{group}")
+    return results
+
+
+def _accuracies(answers: Sequence[Answers], suffix: str = "") -> dict:
+    """Number of problems, greedy accuracy and avg@k with their intervals, where rewards give them.
+
+    `suffix` ends the names, before `_ci95`.
+    """
+    results: dict = {f"num_problems{suffix}": len(answers)}
+    greedy = [is_correct for each in answers for is_correct in _outcomes([each.greedy])]
+    sampled = [np.mean(outcomes) for each in answers if (outcomes := _outcomes(each.scores))]
+    for name, values in (("greedy", greedy), (f"avg@{len(answers[0].scores)}", sampled)):
+        if values:
+            results[f"{name}{suffix}"] = float(np.mean(values))
+            results[f"{name}{suffix}_ci95"] = bootstrap_interval(np.array(values))
     return results
 
 

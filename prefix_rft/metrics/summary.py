@@ -16,7 +16,7 @@ def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     names = [
         name
         for name, value in (base | trained).items()
-        if isinstance(value, (int, float)) and name != "num_problems"
+        if isinstance(value, (int, float)) and name.partition("/")[0] != "num_problems"
     ]
     return [
         (
@@ -30,7 +30,9 @@ def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def is_fraction(name: str) -> bool:
-    return name == "greedy" or name.startswith(("avg@", "pass@")) or name.endswith("_frac")
+    """Whether the figure is a share; what follows a "/" names the problems it is about."""
+    figure = name.partition("/")[0]
+    return figure == "greedy" or figure.startswith(("avg@", "pass@")) or figure.endswith("_frac")
 
 
 def _text(name: str, results: Mapping[str, Any]) -> str:

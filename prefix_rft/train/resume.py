@@ -15,7 +15,7 @@ from prefix_rft.train.checkpoint import checkpoint_dir, checkpoint_step, list_ch
 _FIXED = ("method.name", "seed")
 # Results of the base that were measured with others of these are measured again.
 _MEASURED_WITH = (
-    *("base.", "data.", "eval.", "model.", "reward.", "testbed.", "seed"),
+    *("base.", "data.", "eval.", "model.", "reward.", "testbed.", "tiers.", "seed"),
     *("rollout.max_response_length", "rollout.stop"),
 )
 

@@ -15,7 +15,7 @@ from prefix_rft.doctor.memory import memory_terms, peak_bytes, shortfalls
 from prefix_rft.doctor.shapes import Place, shapes_of
 
 SFT = "qwen2.5-math-7b-sft"
-SMALL = {"testbed", "gsm8k", "smollm2-gsm8k"}
+SMALL = {"testbed", "testbed-methods", "testbed-methods-gpu", "gsm8k", "smollm2-gsm8k"}
 SHIPPED = {
     file.name.removesuffix(".toml"): file.read_text()
     for file in (resources.files("prefix_rft") / "configs").iterdir()

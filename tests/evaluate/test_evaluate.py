@@ -1,6 +1,7 @@
 """Accuracy figures against worked examples."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -50,7 +51,9 @@ def test_figures_of_an_evaluation() -> None:
     assert 0 <= results["truncated_frac"] <= 1
 
 
-def answers_with(rewards: Sequence[float | None], least: float = 1.0) -> Answers:
+def answers_with(
+    rewards: Sequence[float | None], least: float = 1.0, group: str | None = None
+) -> Answers:
     """Greedy is the first of them."""
     scores = [
         Score(
@@ -60,7 +63,13 @@ def answers_with(rewards: Sequence[float | None], least: float = 1.0) -> Answers
         for reward in rewards
     ]
     k = len(scores)
-    return Answers(greedy=scores[0], scores=tuple(scores), lengths=(5,) * k, truncated=(False,) * k)
+    return Answers(
+        greedy=scores[0],
+        scores=tuple(scores),
+        lengths=(5,) * k,
+        truncated=(False,) * k,
+        group=group,
+    )
 
 
 @pytest.mark.parametrize(("least", "accuracy", "passed"), [(1.0, 0.0, 0.0), (0.5, 0.25, 1.0)])
@@ -83,3 +92,52 @@ def test_answers_without_a_reward_take_no_part() -> None:
     assert results["statuses"] == {"correct": 2, "no_reward": 9, "wrong": 5}
     with pytest.raises(RewardError, match="no reward for any answer to 2 held-out problems"):
         summarize([answers_with([None, None])] * 2)
+
+
+def test_each_group_has_figures_of_its_own() -> None:
+    answers = [
+        answers_with([1.0, 0.0], group="easy"),
+        answers_with([0.0, 0.0], group="hard"),
+        answers_with([0.0, 1.0], group="easy"),
+        answers_with([1.0, 1.0], group="easy"),
+        answers_with([None, None], group="broken"),
+    ]
+    results = summarize(answers)
+    assert results["greedy"] == 2 / 4 and results["avg@2"] == 2 / 4
+    by_group = {name: value for name, value in results.items() if "/" in name}
+    intervals = {name: by_group.pop(name) for name in list(by_group) if name.endswith("_ci95")}
+    assert list(by_group.items()) == [
+        ("num_problems/easy", 3),
+        ("greedy/easy", 2 / 3),
+        ("avg@2/easy", 2 / 3),
+        ("num_problems/hard", 1),
+        ("greedy/hard", 0.0),
+        ("avg@2/hard", 0.0),
+        ("num_problems/broken", 1),
+    ]
+    assert intervals["avg@2/hard_ci95"] == [0.0, 0.0]
+    assert intervals["avg@2/easy_ci95"] == bootstrap_interval(np.array([0.5, 0.5, 1.0]))
+    assert intervals["greedy/easy_ci95"] == bootstrap_interval(np.array([1.0, 0.0, 1.0]))
+    assert not any("/" in name for name in summarize([answers_with([1.0, 0.0])]))
+
+
+def test_the_group_is_the_value_of_the_column() -> None:
+    trainer = make_trainer({"rollout": {"group_size": 2, "max_response_length": 12}})
+    problems = [
+        replace(problem, columns={"level": level})
+        for problem, level in zip(trainer.problems, (2, 1, 1, 2), strict=True)
+    ]
+    trainer.rewarder.rule = lambda text, problem: float(problem.columns["level"] == 1)
+    answers = answer(
+        problems,
+        trainer.engine,
+        trainer.rewarder,
+        trainer.tokenizer,
+        config=EvalConfig(num_samples=2, group_by="level"),
+        max_response_length=12,
+        seed=0,
+    )
+    assert [each.group for each in answers] == ["2", "1", "1", "2"]
+    results = summarize(answers)
+    assert (results["avg@2/1"], results["avg@2/2"]) == (1.0, 0.0)
+    assert (results["num_problems/1"], results["num_problems/2"]) == (2, 2)

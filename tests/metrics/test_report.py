@@ -208,3 +208,8 @@ def test_result_rows_are_percent_points_or_plain_figures():
     graded = {"base": {"reward_mean": 0.225}, "trained": {"reward_mean": 0.3}}
     assert result_rows(graded) == [("reward mean", "0.225", "0.300", "+0.075")]
     assert result_rows({}) == []
+    grouped = {"num_problems/easy": 3, "avg@4/easy": 0.25, "avg@4/easy_ci95": [0.2, 0.5]}
+    assert result_rows({"base": grouped, "trained": grouped | {"avg@4/easy": 0.5}}) == [
+        ("avg@4/easy", "25.0% (20.0–50.0)", "50.0% (20.0–50.0)", "+25.0")
+    ]
+    assert result_rows({"base": {"greedy/hard": 0.5}}) == [("greedy/hard", "50.0%", "", "")]
