@@ -131,8 +131,11 @@ def all_charts() -> list[Chart]:
     return list(charts.values())
 
 
-def accuracy_chart(records: Sequence[Record]) -> Chart:
-    """Accuracies of the evaluations; which k they have is known from their names only."""
+def accuracy_charts(records: Sequence[Record]) -> list[Chart]:
+    """Accuracies of the evaluations, then each by group of problems, as many as there are colours.
+
+    Which k and which groups they have is known from their names only.
+    """
     names = {
         name: name.removeprefix("eval/")
         for record in records
@@ -140,7 +143,19 @@ def accuracy_chart(records: Sequence[Record]) -> Chart:
         for name in record
         if name.startswith(("eval/greedy", "eval/avg@", "eval/pass@"))
     }
-    return Chart(title="Held-out accuracy", series=names, kind="eval", limits=(0.0, 1.0))
+    whole = {name: label for name, label in names.items() if "/" not in label}
+    by_figure: dict[str, dict[str, str]] = {}
+    for name, label in names.items():
+        figure, separator, group = label.partition("/")
+        if separator:
+            by_figure.setdefault(figure, {})[name] = group
+    charts = [Chart(title="Held-out accuracy", series=whole, kind="eval", limits=(0.0, 1.0))]
+    for figure, groups in by_figure.items():
+        for start in range(0, len(groups), len(SERIES)):
+            series = dict(list(groups.items())[start : start + len(SERIES)])
+            title = f"Held-out {figure} by group" + (f", from {start + 1}" if start else "")
+            charts.append(Chart(title=title, series=series, kind="eval", limits=(0.0, 1.0)))
+    return charts
 
 
 def chart_html(chart: Chart, records: Sequence[Record]) -> str | None:

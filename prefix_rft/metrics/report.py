@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from prefix_rft.checks import UserError
-from prefix_rft.metrics.charts import accuracy_chart, all_charts, chart_html
+from prefix_rft.metrics.charts import accuracy_charts, all_charts, chart_html
 from prefix_rft.metrics.logger import METRICS_FILE, ROLLOUTS_FILE, read_records
 from prefix_rft.metrics.progress import format_rate, format_seconds
 from prefix_rft.metrics.summary import COLUMNS, result_rows
@@ -107,7 +107,7 @@ def report_html(
     """The page; every argument may be empty."""
     config = tomllib.loads(config_text)
     name = config.get("name", name)
-    charts = [chart_html(chart, records) for chart in (accuracy_chart(records), *all_charts())]
+    charts = [chart_html(chart, records) for chart in [*accuracy_charts(records), *all_charts()]]
     drawn = "".join(filter(None, charts)) or '<p class="muted">No step is recorded yet.</p>'
     parts = [
         _header(name, config, records, summary),

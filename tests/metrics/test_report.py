@@ -9,6 +9,7 @@ import pytest
 from prefix_rft.checks import UserError
 from prefix_rft.config import Config, save_config
 from prefix_rft.config.sections import LogConfig, TrainerConfig
+from prefix_rft.metrics.charts import accuracy_charts
 from prefix_rft.metrics.logger import MetricsLogger
 from prefix_rft.metrics.report import MAX_GROUPS, MAX_TOKENS, write_report
 from prefix_rft.metrics.summary import result_rows
@@ -168,6 +169,19 @@ def test_long_rollouts_and_many_groups_are_cut(tmp_path):
     groups = re.findall(r"step (\d+), problem", page.text)
     assert len(groups) == MAX_GROUPS and (groups[0], groups[-1]) == ("1", "100")
     assert page.text.count("… and 3 more tokens") == 2 * MAX_GROUPS
+
+
+def test_accuracies_by_group_have_charts_of_their_own():
+    figures = {"eval/greedy": 0.5, "eval/avg@4": 0.25, "eval/num_problems/a": 3}
+    figures |= {f"eval/greedy/{group}": 0.5 for group in "abcdefgh"} | {"eval/avg@4/a": 0.5}
+    charts = accuracy_charts([{"step": 0, "kind": "eval"} | figures])
+    assert [(chart.title, list(chart.series.values())) for chart in charts] == [
+        ("Held-out accuracy", ["greedy", "avg@4"]),
+        ("Held-out greedy by group", list("abcdef")),
+        ("Held-out greedy by group, from 7", list("gh")),
+        ("Held-out avg@4 by group", ["a"]),
+    ]
+    assert charts[2].series["eval/greedy/g"] == "g"
 
 
 def test_a_run_that_has_hardly_begun_has_a_page(tmp_path):
