@@ -159,7 +159,41 @@ class Doctor:
         return 0
 
 
-Command = Train | Eval | Serve | Export | Report | Doctor
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Run several configurations with several seeds from one base, and write their table and page.
+
+    Each run has its own folder in runs/compare/<name>. What is done is skipped, what was stopped is
+    resumed. Exit status 1: a run failed, and the others went on.
+    """
+
+    comparison: Annotated[Positional[str], arg(metavar="FILE")]
+    """Name of a shipped comparison, or a TOML file: config, seeds, and a table for each cell."""
+    jobs: int = 1
+    """Runs at a time; without OMP_NUM_THREADS they share the CPUs."""
+    launcher: str | None = None
+    """What starts each run in the place of python, such as "torchrun --nproc-per-node 8"."""
+    only: str | None = None
+    """Names of cells, with commas: only these are run, and the cells that they start from."""
+    tables_only: bool = False
+    """Run nothing, write the tables of what is done."""
+    output_dir: Path | None = None
+    """Folder of the runs and the tables; None: runs/compare/<name>."""
+
+    def run(self) -> int:
+        from prefix_rft.compare import compare
+
+        return compare(
+            self.comparison,
+            jobs=self.jobs,
+            launcher=self.launcher,
+            only=None if self.only is None else tuple(self.only.split(",")),
+            tables_only=self.tables_only,
+            output_dir=self.output_dir,
+        )
+
+
+Command = Train | Eval | Serve | Export | Report | Doctor | Compare
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -187,7 +221,8 @@ def parse(argv: Sequence[str]) -> Command:
         | Annotated[Serve, subcommand("serve", default=Serve(config=missing, overrides=config))]
         | Annotated[Export, subcommand("export")]
         | Annotated[Report, subcommand("report")]
-        | Annotated[Doctor, subcommand("doctor", default=Doctor(overrides=config))],
+        | Annotated[Doctor, subcommand("doctor", default=Doctor(overrides=config))]
+        | Annotated[Compare, subcommand("compare")],
         prog="prefix-rft",
         description="Reinforcement fine-tuning with prefixes of demonstrations.",
         args=argv,

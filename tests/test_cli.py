@@ -177,7 +177,7 @@ def test_help_is_fast_and_loads_no_torch():
     start = os.times().children_user
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for command in ("train", "eval", "export", "report", "doctor"):
+    for command in ("train", "eval", "export", "report", "doctor", "compare"):
         assert command in result.stdout
     assert os.times().children_user - start < 1.0  # seconds of CPU time
 

@@ -22,6 +22,7 @@ FLOORS = [
     {"rollout"},
     {"evaluate"},
     {"train"},
+    {"compare"},
     {"cli"},
     {"__main__"},
 ]

@@ -17,6 +17,7 @@ from prefix_rft.config.packages import (
 from prefix_rft.config.run_folder import (
     CONFIG_FILE,
     MODEL_FOLDER,
+    OUTCOMES_FILE,
     SUMMARY_FILE,
     is_run_folder,
     model_at,
@@ -42,6 +43,7 @@ __all__ = [
     "CONFIG_FILE",
     "EXTRAS",
     "MODEL_FOLDER",
+    "OUTCOMES_FILE",
     "SUMMARY_FILE",
     "BaseConfig",
     "Config",

@@ -6,6 +6,7 @@ from prefix_rft.checks import ConfigError
 
 CONFIG_FILE = "config.toml"
 SUMMARY_FILE = "summary.json"  # results of the base and of the trained model
+OUTCOMES_FILE = "evaluation.jsonl"  # of the trained model, problem by problem
 MODEL_FOLDER = "model"  # the trained model in Hugging Face format, written at the end
 
 

@@ -1,6 +1,6 @@
 """What a run tells: figures of a step, records in files, the console, the report."""
 
-from prefix_rft.metrics.logger import MetricsLogger, NoLogger
+from prefix_rft.metrics.logger import METRICS_FILE, MetricsLogger, NoLogger, read_records
 from prefix_rft.metrics.measures import (
     LogProbGapError,
     check_gap,
@@ -17,6 +17,7 @@ from prefix_rft.metrics.watch import Watch
 
 __all__ = [
     "COLUMNS",
+    "METRICS_FILE",
     "StepMetrics",
     "LogProbGapError",
     "MetricsLogger",
@@ -27,6 +28,7 @@ __all__ = [
     "log_prob_gap",
     "measure_rollouts",
     "measure_updates",
+    "read_records",
     "result_rows",
     "throughput",
     "write_report",

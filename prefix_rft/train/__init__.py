@@ -2,12 +2,15 @@
 
 from prefix_rft.train.checkpoint import list_checkpoints
 from prefix_rft.train.interrupt import Stopped
+from prefix_rft.train.lock import RunLock, live_holder
 from prefix_rft.train.run import evaluate_model, export_checkpoint, train
 
 __all__ = [
+    "RunLock",
     "Stopped",
     "evaluate_model",
     "export_checkpoint",
     "list_checkpoints",
+    "live_holder",
     "train",
 ]

@@ -115,6 +115,19 @@ def held(run_dir: Path, world: World) -> Iterator[RunLock]:
         lock.release()
 
 
+def live_holder(run_dir: Path) -> int | None:
+    """The process on this machine that holds a run folder and gives signs of life; None: none."""
+    try:
+        holder = json.loads((run_dir / HOLDER_FILE).read_text())
+        beat = (run_dir / LOCK_FILE).stat().st_mtime
+        if holder["host"] != socket.gethostname() or time.time() - beat > 3 * HEARTBEAT_S:
+            return None
+        os.kill(holder["pid"], 0)
+    except (FileNotFoundError, json.JSONDecodeError, ProcessLookupError, PermissionError):
+        return None
+    return holder["pid"]
+
+
 def _modified(path: Path) -> float | None:
     """When `path` was last touched; opened, since file systems of a network cache what is not."""
     try:

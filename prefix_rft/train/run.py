@@ -11,6 +11,7 @@ import torch
 from prefix_rft.config import (
     CONFIG_FILE,
     MODEL_FOLDER,
+    OUTCOMES_FILE,
     Config,
     load_config,
     require_packages,
@@ -206,7 +207,9 @@ class _Run:
         if "trained" not in self.summary:
             self.logger.message("evaluating the trained model")
             step = self.trainer.step_index
-            self.summary["trained"] = self.setup.evaluate(self.interrupt, version=step)
+            self.summary["trained"] = self.setup.evaluate(
+                self.interrupt, version=step, outcomes=self.run_dir / OUTCOMES_FILE
+            )
             self.log_evaluation(step, self.summary["trained"])
         self.world.broadcast(self.lock.check)
         self.save_summary()

@@ -8,7 +8,7 @@ from prefix_rft.checks import ConfigError
 from prefix_rft.config import Config
 from prefix_rft.data import load_problems
 from prefix_rft.data_types import Problem
-from prefix_rft.evaluate import answer, summarize
+from prefix_rft.evaluate import answer, summarize, write_outcomes
 from prefix_rft.methods import find_method
 from prefix_rft.model import (
     World,
@@ -67,8 +67,12 @@ class Setup:
             world=self.world,
         )
 
-    def evaluate(self, interrupt: Interrupt, *, version: int) -> dict:
-        """Accuracy of the current weights, known as `version`, on the held-out problems."""
+    def evaluate(self, interrupt: Interrupt, *, version: int, outcomes: Path | None = None) -> dict:
+        """Accuracy of the current weights, known as `version`, on the held-out problems.
+
+        Args:
+            outcomes: a file for what came of each problem, written by rank 0.
+        """
         with (
             serving(self.engine, self.policy, version),
             interrupt.cancellable(at_once=not self.engine.is_collective),
@@ -82,7 +86,10 @@ class Setup:
                 max_response_length=self.config.rollout.max_response_length,
                 seed=self.config.seed * self.world.size + self.world.rank,
             )
-        return summarize(self.world.all_gather(answers)) | {"grader": self.rewarder.info()}
+        answers = self.world.all_gather(answers)
+        if outcomes is not None and self.world.is_main:
+            write_outcomes(outcomes, self.data.held_out, answers)
+        return summarize(answers) | {"grader": self.rewarder.info()}
 
 
 def _for_method(config: Config, problems: list[Problem]) -> tuple[Config, list[Problem]]:
