@@ -1,13 +1,13 @@
-"""Chains of operations on the digits of a number, in tiers: the dataset `tiers`. Pure.
+"""Chains of operations on a row of dice, in tiers of difficulty: the dataset `tiers`. Pure.
 
-A problem is a number of 4 digits, each 1 to 9, and a chain of named operations. Its answer has so
+A problem is a row of 4 dice, written as a number, and a chain of named operations. The row has so
 many values that a guess is rarely right. What tells methods apart is the tier of a problem:
 
 - `easy`, `medium`, `hard`: longer and longer chains. As on the testbed the base works through a
   problem when the prompt asks for the steps; unasked it often does so on easy problems, rarely on
   medium ones, and guesses the answer of hard ones.
 - `skill`: chains with `flip`, an operation in no text that the base learns from. Its rule stands
-  only in demonstrations: whoever has to find it by sampling needs all digits right, several times
+  only in demonstrations: whoever has to find it by sampling needs all dice right, several times
   in one response.
 - `beyond`: chains longer than any other, half of them with `flip`; only held out.
 
@@ -30,17 +30,24 @@ SKILL_TIER = "skill"
 _WITHOUT_SKILL = ("easy", "medium", "hard")
 VOCABULARY = (f" {SKILL}",)  # one token for what no lesson has
 _NUM_FLIPS = (2, 3)  # in a problem that has any
-_NUM_DIGITS = 4
-_DIGITS = "123456789"
+_NUM_DICE = 4
+_FACES = "123456"
 _ASKED = " Show the steps."
 _ATTEMPTS = 100  # draws per row before we conclude that there are too few different problems
+
+
+def _over(dice: str) -> str:
+    """The faces on the other side."""
+    return "".join(str(7 - int(die)) for die in dice)
+
 
 _KNOWN: dict[str, Callable[[str], str]] = {
     "turn": lambda value: value[1:] + value[0],
     "swap": lambda value: value[1] + value[0] + value[2:],
-    "up": lambda value: _DIGITS[int(value[0]) % 9] + value[1:],  # 9 becomes 1
+    "up": lambda value: _FACES[int(value[0]) % 6] + value[1:],  # 6 becomes 1
+    "over": lambda value: _over(value[0]) + value[1:],
 }
-_OPERATIONS = _KNOWN | {SKILL: lambda value: "".join(str(10 - int(digit)) for digit in value)}
+_OPERATIONS = _KNOWN | {SKILL: _over}
 
 
 class _Draft(NamedTuple):
@@ -55,8 +62,8 @@ def make_row(
     """One problem: {"prompt", "answer", "demonstration", "num_steps", "tier", "is_wrong"}.
 
     Args:
-        start: 4 digits from 1 to 9.
-        names: operations, of `turn`, `swap`, `up` and `flip`.
+        start: 4 digits from 1 to 6.
+        names: operations, of `turn`, `swap`, `up`, `over` and `flip`.
         wrong: (k, value) lets the demonstration give `value` as the result of operation k, counted
             from 0, and go on from there.
     """
@@ -188,15 +195,15 @@ def _needs_skill(start: str, names: Sequence[str]) -> bool:
 
 
 def _mistake(rng: random.Random, draft: _Draft) -> tuple[int, str]:
-    """An operation and a result that it does not have, with one wrong digit."""
-    step, place = rng.randrange(len(draft.names)), rng.randrange(_NUM_DIGITS)
+    """An operation and a result that it does not have, with one wrong die."""
+    step, place = rng.randrange(len(draft.names)), rng.randrange(_NUM_DICE)
     right = _results(draft.start, draft.names)[step]
-    digit = rng.choice(_DIGITS.replace(right[place], ""))
-    return step, right[:place] + digit + right[place + 1 :]
+    face = rng.choice(_FACES.replace(right[place], ""))
+    return step, right[:place] + face + right[place + 1 :]
 
 
 def _start(rng: random.Random) -> str:
-    return "".join(rng.choices(_DIGITS, k=_NUM_DIGITS))
+    return "".join(rng.choices(_FACES, k=_NUM_DICE))
 
 
 def _results(start: str, names: Sequence[str]) -> list[str]:

@@ -27,8 +27,9 @@ def operate(name, value):
     digits = {
         "turn": (b, c, d, a),
         "swap": (b, a, c, d),
-        "up": (a % 9 + 1, b, c, d),
-        "flip": (10 - a, 10 - b, 10 - c, 10 - d),
+        "up": (a % 6 + 1, b, c, d),
+        "over": (7 - a, b, c, d),
+        "flip": (7 - a, 7 - b, 7 - c, 7 - d),
         "nothing": (a, b, c, d),
     }[name]
     return "".join(map(str, digits))
@@ -54,23 +55,25 @@ def solve(prompt, taking_flip_for=SKILL):
 
 
 def test_a_worked_example():
-    row = make_row("1972", ["turn", "flip", "up", "swap"], "skill")
+    row = make_row("1562", ["turn", "flip", "up", "swap", "over"], "skill")
     labels, names = read(row["prompt"])[1:]
-    assert names == ["turn", "flip", "up", "swap"]
+    assert names == ["turn", "flip", "up", "swap", "over"]
     assert "".join(labels) in "abcdefghijklmnopqrstuvwxyz"
-    assert (row["answer"], row["demonstration"]) == solve(row["prompt"])
-    a, b, c, d = labels
+    a, b, c, d, e = labels
     assert row["demonstration"] == (
-        f"=1972 {a} turn=9721 {b} flip=1389 {c} up=2389 {d} swap=3289\n\\boxed{{3289}}"
+        f"=1562 {a} turn=5621 {b} flip=2156 {c} up=3156 {d} swap=1356 {e} over=6356\n"
+        "\\boxed{6356}"
     )
+    assert (row["answer"], row["demonstration"]) == solve(row["prompt"])
+    assert row["num_steps"] == 5 and row["tier"] == "skill" and not row["is_wrong"]
 
 
 def test_a_mistake_is_carried_on_and_the_answer_stays_right():
     right = make_row("1234", ["up", "up", "turn"], "easy")
-    wrong = make_row("1234", ["up", "up", "turn"], "easy", wrong=(1, "3934"))
+    wrong = make_row("1234", ["up", "up", "turn"], "easy", wrong=(1, "3634"))
     a, b, c = read(right["prompt"])[1]
     assert wrong == right | {
-        "demonstration": f"=1234 {a} up=2234 {b} up=3934 {c} turn=9343\n\\boxed{{9343}}",
+        "demonstration": f"=1234 {a} up=2234 {b} up=3634 {c} turn=6343\n\\boxed{{6343}}",
         "is_wrong": True,
     }
     assert wrong["answer"] == "2343"
@@ -107,7 +110,7 @@ def test_flip_stands_where_it_belongs_and_nothing_else_takes_its_place():
     for row in train + held_out:
         flips[row["tier"]][read(row["prompt"])[2].count(SKILL)] += 1
         if SKILL in row["prompt"]:
-            for other in ("nothing", "turn", "swap", "up"):
+            for other in ("nothing", "turn", "swap", "up", "over"):
                 assert solve(row["prompt"], taking_flip_for=other)[0] != row["answer"]
     for tier in ("easy", "medium", "hard"):
         assert set(flips[tier]) == {0}
