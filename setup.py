@@ -20,7 +20,7 @@ setup(
     python_requires=KERNELS["requires-python"],
     packages=find_packages(include=["prefix_rft", "prefix_rft.*"]) + KERNEL_PACKAGES,
     package_dir={"rft_kernels": "kernels/rft_kernels"},
-    package_data={"prefix_rft": ["py.typed", "**/*.toml"], "rft_kernels": ["py.typed"]},
+    package_data={"prefix_rft": ["py.typed", "**/*.toml", "**/*.txt"], "rft_kernels": ["py.typed"]},
     install_requires=[
         TORCH,
         "transformers>=5.16,<5.20",

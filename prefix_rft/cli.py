@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +30,7 @@ RunFolder = Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]
 # What loggers say while transformers imports torchao; no run uses what it is about.
 _IMPORT_NOISE = {"torchao": "Failed to load ", "torch.utils._pytree": "is an Enum subclass"}
 # The argument that a command takes before its options.
-_FIRST = {"train": "config", "eval": "model", "serve": "config", "doctor": "config"}
+_FIRST = {"train": "config", "eval": "models", "serve": "config", "doctor": "config"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +66,65 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Evaluate a model on the held-out problems."""
+    """Evaluate a model on the held-out problems, or models on benchmarks."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """A run folder (its configuration and final model are used), a model folder or a hub id."""
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL [MODEL ...]")]
+    """Run folders (their configurations and final models are used), model folders or hub ids."""
+    suite: str | None = None
+    """Benchmarks by comma: math (the six of the paper), aime24, ..., gsm8k; list shows them."""
+    suite_data: str | None = None
+    """File with the problems of the suites, told apart by a column data_source; None: the hub."""
+    prompt: str | None = None
+    """think, qwen-math, r1-zero or none (the chat template alone); None: as in training."""
+    num_samples: int | None = None
+    """Samples of a problem of a suite; this and what follows is by default as in the protocol."""
+    temperature: float | None = None
+    """Of those samples."""
+    top_p: float | None = None
+    """Of those samples."""
+    max_tokens: int | None = None
+    """Tokens of a response to a problem of a suite at most."""
+    greedy: bool = False
+    """Also one answer at temperature 0 to each problem of a suite."""
+    pass_at: tuple[int, ...] = ()
+    """The ks of pass@k; none: the number of samples."""
+    limit: int | None = None
+    """Problems of a suite at most, evenly spaced."""
+    chunk_size: int = 512
+    """Samples that are generated and kept together: the most that an interruption costs."""
+    out: Path = Path("evals")
+    """Where results of suites go, a folder a model; what is there already is not made again."""
     overrides: Overrides
 
     def run(self) -> int:
+        if self.suite == "list":
+            from prefix_rft.evaluate import suite_list
+
+            print(suite_list())
+            return 0
+        if self.suite is None:
+            return self._run_held_out()
+        from prefix_rft.evaluate import SuiteOptions, run_suites
+
+        names = [
+            field.name for field in fields(SuiteOptions) if field.name not in ("names", "data")
+        ]
+        options = {name: getattr(self, name) for name in names}
+        run_suites(
+            self.overrides,
+            self.models,
+            SuiteOptions(names=self.suite, data=self.suite_data, **options),
+            self.out,
+            prints=_is_main_rank(),
+        )
+        return 0
+
+    def _run_held_out(self) -> int:
         from prefix_rft.train import evaluate_model
 
-        results = evaluate_model(self.overrides, model_at(self.model))
+        if len(self.models) != 1:
+            raise UserError(f"MODEL: expected one without --suite, got {len(self.models)}")
+        results = evaluate_model(self.overrides, model_at(self.models[0]))
         if _is_main_rank():
             print(json.dumps(results, indent=2))
         return 0
@@ -217,7 +266,7 @@ def parse(argv: Sequence[str]) -> Command:
     missing = tyro.MISSING_NONPROP
     command = tyro.cli(
         Annotated[Train, subcommand("train", default=Train(config=missing, overrides=config))]
-        | Annotated[Eval, subcommand("eval", default=Eval(model=missing, overrides=config))]
+        | Annotated[Eval, subcommand("eval", default=Eval(models=missing, overrides=config))]
         | Annotated[Serve, subcommand("serve", default=Serve(config=missing, overrides=config))]
         | Annotated[Export, subcommand("export")]
         | Annotated[Report, subcommand("report")]
@@ -228,7 +277,8 @@ def parse(argv: Sequence[str]) -> Command:
         args=argv,
     )
     # The configuration sets the defaults of the options, so it must be known before they are read.
-    if given is not None and getattr(command, given) != first:
+    value = None if given is None else getattr(command, given)
+    if given is not None and (next(iter(value), None) if given == "models" else value) != first:
         raise UserError(f"{given}: expected right after {name!r}, before all options")
     return command
 

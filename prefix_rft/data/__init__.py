@@ -2,11 +2,14 @@
 
 from prefix_rft.data.base_model import resolve_base
 from prefix_rft.data.load_report import LoadReport
-from prefix_rft.data.problems import batch_indices, load_problems
+from prefix_rft.data.problems import batch_indices, load_problems, problems_from_rows
+from prefix_rft.data.sources import load_rows
 
 __all__ = [
     "LoadReport",
     "batch_indices",
     "load_problems",
+    "load_rows",
+    "problems_from_rows",
     "resolve_base",
 ]

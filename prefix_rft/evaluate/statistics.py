@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from math import comb
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -69,9 +70,42 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 
+class Estimate(NamedTuple):
+    """A mean over problems, with its standard error and the 95% interval of a bootstrap."""
+
+    value: float
+    stderr: float  # 0 for one problem
+    ci95: list[float]
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Self:
+        """Of a value a problem, [N]."""
+        return cls.of_suites([values])
+
+    @classmethod
+    def of_suites(cls, suites: Sequence[np.ndarray]) -> Self:
+        """The mean of the means of several sets of problems, each resampled by itself."""
+        variances = [
+            values.var(ddof=1) / len(values) if len(values) > 1 else 0 for values in suites
+        ]
+        return cls(
+            float(np.mean([values.mean() for values in suites])),
+            float(np.sqrt(sum(variances)) / len(suites)),
+            _interval(sum(map(_resampled_means, suites)) / len(suites)),
+        )
+
+
 def bootstrap_interval(values: np.ndarray) -> list[float]:
     """Percentile interval of the mean of `values` [N], resampled over problems."""
+    return _interval(_resampled_means(values))
+
+
+def _resampled_means(values: np.ndarray) -> np.ndarray:
     rng = np.random.default_rng(0)
     picks = rng.integers(0, len(values), size=(NUM_RESAMPLES, len(values)))
+    return values[picks].mean(axis=1)
+
+
+def _interval(means: np.ndarray) -> list[float]:
     tail = 100 * (1 - CONFIDENCE) / 2
-    return [float(x) for x in np.percentile(values[picks].mean(axis=1), [tail, 100 - tail])]
+    return [float(x) for x in np.percentile(means, [tail, 100 - tail])]

@@ -1,7 +1,7 @@
 """Scores responses with the math grader or with a user's function."""
 
 from prefix_rft.reward.answers import plain_number
-from prefix_rft.reward.grader import Grader, RewardError
+from prefix_rft.reward.grader import Grader, RewardError, extract_answer, grader_info
 from prefix_rft.reward.response import response_text
 from prefix_rft.reward.reward import Rewarder, Score
 from prefix_rft.reward.scoring import Scoring
@@ -14,6 +14,8 @@ __all__ = [
     "Score",
     "Scoring",
     "clean_answer",
+    "extract_answer",
+    "grader_info",
     "plain_number",
     "response_text",
 ]

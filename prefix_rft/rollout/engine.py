@@ -41,6 +41,7 @@ class RolloutEngine(Protocol):
         temperature: float,
         seed: int,
         weights_version: int,
+        top_p: float = 1.0,
         on_done: OnDone | None = None,
     ) -> list[Completion]:
         """One completion per request, in order.
@@ -49,6 +50,8 @@ class RolloutEngine(Protocol):
             temperature: for sampling and for the log-probs; 0 is greedy, with log-probs at 1.
             seed: the same requests, seed and weights give the same tokens.
             weights_version: the version to generate with, for the engine to confirm.
+            top_p: sample from the most likely tokens that make up this probability; log-probs are
+                then of what was sampled from. Training takes 1, the whole softmax.
             on_done: called with a request's index and its completion as soon as that is known.
         Raises:
             RuntimeError: the engine holds another version: its weights are stale.

@@ -83,6 +83,7 @@ class TransformersEngine:
         temperature: float,
         seed: int,
         weights_version: int,
+        top_p: float = 1.0,
         on_done: OnDone | None = None,
     ) -> list[Completion]:
         """See `RolloutEngine.generate`; bitwise repeatable on one machine.
@@ -114,7 +115,7 @@ class TransformersEngine:
             for start in range(0, len(order), self._max_batch_sequences):
                 indices = order[start : start + self._max_batch_sequences]
                 batch = [requests[i] for i in indices]
-                done = self._generate_batch(batch, temperature, generator)
+                done = self._generate_batch(batch, temperature, top_p, generator)
                 completions.update(zip(indices, done, strict=True))
                 if on_done is not None:
                     for index, completion in zip(indices, done, strict=True):
@@ -122,7 +123,11 @@ class TransformersEngine:
         return [completions[i] for i in range(len(requests))]
 
     def _generate_batch(
-        self, requests: Sequence[RolloutRequest], temperature: float, generator: torch.Generator
+        self,
+        requests: Sequence[RolloutRequest],
+        temperature: float,
+        top_p: float,
+        generator: torch.Generator,
     ) -> list[Completion]:
         model, device = self._model, self._model.device
         batch = _Batch(requests, self._pad_token_id, model)
@@ -137,7 +142,7 @@ class TransformersEngine:
 
         for step in range(batch.num_steps):
             logits = batch.next_logits(model)[:, : self._vocab_size]
-            sampled, sampled_log_probs = _sample(logits, temperature, generator)
+            sampled, sampled_log_probs = _sample(logits, temperature, top_p, generator)
             forced = batch.forced[:, step]
             sampled = torch.where(forced == _NOT_FORCED, sampled, forced)
             rows = batch.rows
@@ -292,11 +297,13 @@ class _GrowingLayer(DynamicLayer):
 
 
 def _sample(
-    logits: torch.Tensor, temperature: float, generator: torch.Generator
+    logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B] drawn from softmax(logits [B, V] / temperature), and their log-probs [B]."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     log_probs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    if top_p < 1:
+        log_probs = _nucleus(log_probs, top_p)
     scores = log_probs
     if temperature > 0:
         # The argmax of log-prob + Gumbel noise is a draw, repeatable where a cumsum is not.
@@ -304,6 +311,14 @@ def _sample(
         scores = log_probs - noise.log_()
     tokens = scores.argmax(dim=-1)
     return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
+
+
+def _nucleus(log_probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The log-probs [B, V] of the likeliest tokens that reach `top_p` together; -inf elsewhere."""
+    ordered, order = log_probs.sort(dim=-1, descending=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()  # of the likelier ones: 0 for the first
+    ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+    return torch.empty_like(log_probs).scatter_(-1, order, ordered).log_softmax(-1)
 
 
 @contextmanager

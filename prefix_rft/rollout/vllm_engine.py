@@ -135,6 +135,7 @@ class VLLMEngine(VLLMBase):
         temperature: float,
         seed: int,
         weights_version: int,
+        top_p: float = 1.0,
         on_done: OnDone | None = None,
     ) -> list[Completion]:
         """See `RolloutEngine.generate`; collective with tensor parallelism.
@@ -153,14 +154,16 @@ class VLLMEngine(VLLMBase):
         if not jobs:
             return []
         completions: dict[int, Completion] = {}
-        for index, completion in self._run(jobs, temperature):
+        for index, completion in self._run(jobs, temperature, top_p):
             if 0 <= index - start < len(own):
                 completions[index - start] = completion
                 if on_done is not None:
                     on_done(index - start, completion)
         return [completions[i] for i in range(len(own))]
 
-    def _run(self, jobs: list[_Job], temperature: float) -> Iterator[tuple[int, Completion]]:
+    def _run(
+        self, jobs: list[_Job], temperature: float, top_p: float
+    ) -> Iterator[tuple[int, Completion]]:
         """The index of each job and its completion, in the order they finish."""
         ids = self._llm.enqueue(
             [{"prompt_token_ids": list(r.prompt_ids + r.prefix_ids)} for r, _ in jobs],
@@ -169,6 +172,7 @@ class VLLMEngine(VLLMBase):
                     **sampling_options(
                         request,
                         temperature=temperature,
+                        top_p=top_p,
                         seed=seed,
                         stop_token_ids=self._stop_token_ids,
                     ),

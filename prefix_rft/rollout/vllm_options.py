@@ -110,12 +110,17 @@ def write_model_config(
 
 
 def sampling_options(
-    request: RolloutRequest, *, temperature: float, seed: int, stop_token_ids: list[int]
+    request: RolloutRequest,
+    *,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    stop_token_ids: list[int],
 ) -> dict[str, Any]:
     """Fields of `vllm.SamplingParams`: samples come from the softmax that is trained."""
     return {
         "temperature": temperature,
-        "top_p": 1.0,
+        "top_p": top_p,
         "top_k": 0,  # off
         "max_tokens": request.max_new_tokens,
         "seed": seed,

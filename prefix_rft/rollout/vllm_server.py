@@ -136,6 +136,7 @@ class VLLMServerEngine(VLLMBase):
         temperature: float,
         seed: int,
         weights_version: int,
+        top_p: float = 1.0,
         on_done: OnDone | None = None,
     ) -> list[Completion]:
         """See `RolloutEngine.generate`.
@@ -153,6 +154,7 @@ class VLLMServerEngine(VLLMBase):
                 "sampling_params": sampling_options(
                     request,
                     temperature=temperature,
+                    top_p=top_p,
                     seed=request_seed(seed, i),
                     stop_token_ids=self._stop_token_ids,
                 ),
