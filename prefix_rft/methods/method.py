@@ -95,6 +95,8 @@ class Method:
 
     name: ClassVar[str]
     section: ClassVar[type | None] = None  # dataclass of the section [<name>] of the configuration
+    # Whether it is pointless over problems of which none has a demonstration.
+    needs_demonstrations: ClassVar[bool] = False
     charts: ClassVar[tuple[Chart, ...]] = ()
     # Lines of the console: label -> (word, metric, format) of each figure.
     progress: ClassVar[Mapping[str, tuple[tuple[str, str, str], ...]]] = {}

@@ -19,6 +19,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from prefix_rft.checks import config_section
 from prefix_rft.data_types import Group, MiniBatch, Rollout, Source, TrainRow, Update
+from prefix_rft.methods.advantage import group_advantages
 from prefix_rft.methods.method import Chart, Figure, TokenLoss
 from prefix_rft.methods.rft import RFT
 
@@ -56,6 +57,7 @@ class Mixture(RFT):
     """On-policy groups without a clip, an entropy bonus, and what `group_rows` adds to them."""
 
     section = MixtureOptions
+    needs_demonstrations = True
     charts: ClassVar[tuple[Chart, ...]] = (
         Chart(
             title="Demonstrations",
@@ -74,14 +76,24 @@ class Mixture(RFT):
         """All that a group teaches."""
         return self.policy_rows(group.rollouts)
 
-    def policy_rows(self, rollouts: Sequence[Rollout]) -> list[TrainRow]:
-        """Rollouts with their rewards above the mean; they have no likelihood term."""
-        mean = sum(rollout.reward for rollout in rollouts) / max(1, len(rollouts))
+    def policy_rows(
+        self, rollouts: Sequence[Rollout], *, learns_prefix: bool = False
+    ) -> list[TrainRow]:
+        """Rollouts with their rewards above the mean; they have no likelihood term.
+
+        Args:
+            learns_prefix: the advantage is that of prefixes too; else they have none.
+        """
+        rewards = [rollout.reward for rollout in rollouts]
+        advantages = group_advantages(rewards, [False] * len(rewards))
         return [
             TrainRow.of_rollout(
-                rollout, advantage=rollout.reward - mean, prefix_advantage=0.0, weight=0.0
+                rollout,
+                advantage=advantage.continuation,
+                prefix_advantage=advantage.prefix if learns_prefix else 0.0,
+                weight=0.0,
             )
-            for rollout in rollouts
+            for rollout, advantage in zip(rollouts, advantages, strict=True)
         ]
 
     def mini_batches(self, groups: Sequence[Group], step: int) -> list[MiniBatch]:

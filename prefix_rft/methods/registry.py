@@ -4,6 +4,7 @@ import importlib
 from typing import TypeVar
 
 from prefix_rft.checks import ConfigError
+from prefix_rft.methods.luffy import LUFFY
 from prefix_rft.methods.method import Chart, Method
 from prefix_rft.methods.prefix_rft import PrefixRFT
 from prefix_rft.methods.rft import RFT
@@ -12,7 +13,7 @@ from prefix_rft.methods.sft import SFT
 
 AnyMethod = TypeVar("AnyMethod", bound=type[Method])
 
-_SHIPPED = (PrefixRFT, RFT, SFT, RLSFTLoss)
+_SHIPPED = (PrefixRFT, RFT, SFT, RLSFTLoss, LUFFY)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _SHIPPED}
 DEFAULT_METHOD = PrefixRFT.name
 

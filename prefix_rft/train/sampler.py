@@ -5,6 +5,7 @@ Each rank generates and grades its share of the groups, then tells the others.
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
@@ -121,8 +122,10 @@ class Sampler:
                 scoring.add(index, texts[index])
 
             for i, request in enumerate(requests):
-                if not request.max_new_tokens:
-                    score(i, NOTHING_GENERATED)
+                if not request.max_new_tokens:  # complete, with the end of the response
+                    whole = replace(NOTHING_GENERATED, token_ids=request.prefix_ids)
+                    texts[i] = response_text(self.tokenizer, whole)
+                    scoring.add(i, texts[i])
             with step_metrics.phase("generate"):
                 generated = self.engine.generate(
                     [requests[i] for i in open_requests],

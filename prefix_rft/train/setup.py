@@ -53,7 +53,7 @@ class Setup:
         """In the state of step 0; its configuration knows the number of steps.
 
         Raises:
-            ConfigError: the method cannot learn from any problem, or micro-batches are too long.
+            ConfigError: the method cannot learn from these problems, or micro-batches are too long.
         """
         check_micro_batches(self.policy.model, self.config.trainer.micro_batch_tokens)
         config, problems = _for_method(self.config, self.data.train)
@@ -96,9 +96,14 @@ def _for_method(config: Config, problems: list[Problem]) -> tuple[Config, list[P
     """The problems that the method learns from, and the configuration with the steps they take.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or none has the demonstration that the method needs.
     """
     method = find_method(config.method.name)
+    if method.needs_demonstrations and not any(each.demonstration_ids for each in problems):
+        raise ConfigError(
+            f"data.path: expected demonstrations, which {method.name} learns from, got none among "
+            f"{len(problems)} problems"
+        )
     accepted = [problem for problem in problems if method.accepts(problem)]
     if not accepted:
         raise ConfigError(
