@@ -11,7 +11,7 @@ from prefix_rft.checks import ConfigError
 from prefix_rft.config import config_from_dict
 from prefix_rft.config.sections import RewardConfig, TiersConfig
 from prefix_rft.data import tiers
-from prefix_rft.data.base_model import train_tokenizer
+from prefix_rft.data.base_model import resolve_base, train_tokenizer
 from prefix_rft.data.generated import generated_lessons, vocabulary_texts
 from prefix_rft.data.problems import load_problems
 from prefix_rft.data.tiers import SKILL, TIERS, make_lessons, make_row, make_rows
@@ -241,3 +241,39 @@ def test_too_few_problems_are_refused(monkeypatch):
     )
     with pytest.raises(ConfigError, match=message):
         make_rows(scarce, 5, seed=0)
+
+
+def tiny_base(folder, **values):
+    return config_from_dict(
+        {
+            "data": {"path": "tiers", "num_eval": 10, "seed": 7},
+            "tiers": {"num_train": 40},
+            "rollout": {"max_response_length": 68},
+            "base": {
+                "cache_dir": str(folder),
+                "num_batches": 1,
+                "batch_size": 64,
+                "hidden_size": 16,
+                "num_layers": 1,
+                "num_heads": 2,
+                "intermediate_size": 16,
+                "vocab_size": 330,
+            },
+        }
+        | values
+    )
+
+
+def test_runs_of_several_seeds_share_one_base(tmp_path):
+    first = resolve_base(tiny_base(tmp_path, seed=1))
+    assert resolve_base(tiny_base(tmp_path, seed=2)) == first
+    other = {"data": {"path": "tiers", "num_eval": 10, "seed": 8}}
+    assert resolve_base(tiny_base(tmp_path, **other)) != first
+    own = {"data": {"path": "tiers", "num_eval": 10}}
+    assert resolve_base(tiny_base(tmp_path, seed=7, **own)) == first
+
+
+def test_an_unknown_column_is_refused_before_the_base_is_trained(tmp_path):
+    with pytest.raises(ConfigError, match="eval.group_by"):
+        resolve_base(tiny_base(tmp_path, eval={"group_by": "level"}))
+    assert not list(tmp_path.iterdir())
