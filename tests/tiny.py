@@ -1,5 +1,6 @@
 """A trainer, and a run, over a tiny random model, whose rewards are a rule on the text."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -8,11 +9,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from prefix_rft.config import Config, config_from_dict
+from prefix_rft.config import Config, config_from_dict, make_method
 from prefix_rft.data_types import Problem
 from prefix_rft.model.policy import Policy
 from prefix_rft.reward.reward import Score
 from prefix_rft.rollout.transformers_engine import TransformersEngine
+from prefix_rft.train.reference import Reference
 from prefix_rft.train.trainer import Trainer
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
@@ -103,7 +105,15 @@ def make_trainer(values: dict, *, num_problems: int = 4) -> Trainer:
         engine=engine,
         rewarder=RuleRewarder(),
         problems=make_problems(tokenizer, num_problems),
+        reference=make_reference(config, policy),
     )
+
+
+def make_reference(config: Config, policy: Policy) -> Reference | None:
+    """The policy as it is now, where the method of `config` has a use for a reference."""
+    if not make_method(config, eos_token_id=0).uses_reference:
+        return None
+    return Reference(policy=copy.deepcopy(policy), update_every=config.reference.update_every)
 
 
 def make_run(folder: Path, *, tied: bool = False, **sections: dict) -> Config:

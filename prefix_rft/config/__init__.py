@@ -5,6 +5,7 @@ from prefix_rft.config.config import (
     config_from_dict,
     config_type,
     load_config,
+    make_method,
     save_config,
 )
 from prefix_rft.config.packages import (
@@ -23,6 +24,7 @@ from prefix_rft.config.run_folder import (
     model_at,
 )
 from prefix_rft.config.sections import (
+    START,
     BaseConfig,
     DataConfig,
     EvalConfig,
@@ -30,6 +32,7 @@ from prefix_rft.config.sections import (
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
+    ReferenceConfig,
     RewardConfig,
     RolloutConfig,
     ShardingConfig,
@@ -44,6 +47,7 @@ __all__ = [
     "EXTRAS",
     "MODEL_FOLDER",
     "OUTCOMES_FILE",
+    "START",
     "SUMMARY_FILE",
     "BaseConfig",
     "Config",
@@ -53,6 +57,7 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ReferenceConfig",
     "RewardConfig",
     "RolloutConfig",
     "ShardingConfig",
@@ -66,6 +71,7 @@ __all__ = [
     "is_installed",
     "is_run_folder",
     "load_config",
+    "make_method",
     "model_at",
     "require_package",
     "require_packages",

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from prefix_rft.checks import ConfigError, config_section, require
 from prefix_rft.config.sections import (
+    START,
     BaseConfig,
     DataConfig,
     EvalConfig,
@@ -21,6 +22,7 @@ from prefix_rft.config.sections import (
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
+    ReferenceConfig,
     RewardConfig,
     RolloutConfig,
     Seed,
@@ -30,7 +32,7 @@ from prefix_rft.config.sections import (
     TrainerConfig,
     VLLMConfig,
 )
-from prefix_rft.methods import METHODS, LossConfig, Method, find_method
+from prefix_rft.methods import METHODS, LossConfig, Method, Setting, find_method
 
 _Config = TypeVar("_Config")
 
@@ -71,6 +73,7 @@ class Config:
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
@@ -93,6 +96,20 @@ class Config:
             f"at least data.max_prompt_tokens + rollout.max_response_length ({longest})",
             positions,
         )
+        require(
+            not self.loss.uses_kl or make_method(self, eos_token_id=0).uses_reference,
+            "loss.kl",
+            f"none with the method {method.name}, which has no KL term of this section",
+            self.loss.kl,
+        )
+        require(
+            self.model.lora_rank is None
+            or self.reference.model == START
+            or not self.reference.update_every,
+            "reference.update_every",
+            f'0 with adapters, or reference.model = "{START}"',
+            self.reference.update_every,
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -105,6 +122,24 @@ class Config:
     def section(self, method: type[Method]) -> Any:
         """The section of `method`; None where it has none."""
         return getattr(self, method.name) if method.section else None
+
+
+def make_method(config: Config, *, eos_token_id: int) -> Method:
+    """The method `config.method.name`, with its section."""
+    method = find_method(config.method.name)
+    setting = Setting(
+        seed=config.seed,
+        num_steps=config.trainer.num_steps,
+        prompts_per_step=config.trainer.prompts_per_step,
+        prompts_per_update=config.trainer.prompts_per_update,
+        group_size=config.rollout.group_size,
+        max_response_length=config.rollout.max_response_length,
+        mask_truncated=config.rollout.mask_truncated,
+        eos_token_id=eos_token_id,
+        advantage_scale=config.method.advantage_scale,
+        loss=config.loss,
+    )
+    return method(config.section(method), setting)
 
 
 @functools.cache

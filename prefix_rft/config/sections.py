@@ -13,6 +13,7 @@ from prefix_rft.checks import Fraction, config_section, require
 from prefix_rft.methods import DEFAULT_METHOD, AdvantageScale
 
 NonEmpty = Annotated[str, Field(min_length=1, description="a text")]
+START = "start"  # as the reference: the model that the run starts from
 AtLeastTwo = Annotated[int, Field(ge=2)]
 Beta = Annotated[float, Field(ge=0, lt=1, description="a number in [0, 1)")]
 Steps = Annotated[int, Field(ge=1, le=26, description="a whole number in [1, 26]")]
@@ -234,6 +235,16 @@ class MethodConfig:
     # advantages of rft and prefix_rft are divided by the standard deviation of the rewards of their
     # group, or of the whole step
     advantage_scale: AdvantageScale = "none"
+
+
+@config_section("reference")
+class ReferenceConfig:
+    """The model that a KL term holds the policy to; loaded where the method has such a term."""
+
+    # "start", the model that the run starts from, or a model folder, run folder or hub id
+    model: NonEmpty = START
+    # steps after which the reference becomes the policy, again and again; 0: never
+    update_every: NonNegativeInt = 0
 
 
 @config_section("reward")

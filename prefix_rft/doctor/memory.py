@@ -76,7 +76,7 @@ def _engine_bytes(config: Config, s: Shapes, place: Place) -> tuple[int, int]:
 
 
 def _states(config: Config, s: Shapes, place: Place) -> list[MemoryTerm]:
-    """Weights, optimizer state and gradients: whole, or the shard of one rank."""
+    """Weights, optimizer state, gradients, the reference: whole, or the shard of one rank."""
     num_shards = place.num_processes // config.sharding.replicas
     trained = [weight for weight in s.weights if weight.is_trained]
     offload = config.sharding.cpu_offload
@@ -107,6 +107,7 @@ def _states(config: Config, s: Shapes, place: Place) -> list[MemoryTerm]:
         term("weights, trained", trained, plain_size, "always"),
         term(f"optimizer state, {config.optimizer.name}", trained, state_size, "always"),
         term("gradients", trained, plain_size, "update"),
+        *([term("weights, reference", s.reference, plain_size, "always")] if s.reference else []),
     ]
 
 

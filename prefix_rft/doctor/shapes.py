@@ -1,7 +1,8 @@
 """The sizes that determine the memory of a run: of the model, without weights, and of its place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import Config, model_at
+from prefix_rft.config import START, Config, make_method, model_at
 from prefix_rft.doctor.architectures import SIZES
 from prefix_rft.model import (
     adaptable_layers,
@@ -54,6 +55,7 @@ class Weight:
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
     weights: tuple[Weight, ...]
+    reference: tuple[Weight, ...] = ()  # of a second model, for a KL term
     layers: int
     hidden: int
     query: int  # heads x head size
@@ -81,11 +83,10 @@ def shapes_of(config: Config, place: Place) -> Shapes:
     Raises:
         ConfigError: the sizes of the model cannot be read, or it has no layers to adapt.
     """
-    model_config, source = _model_config(config)
+    model_config, source = _model_config(config, "model.path")
     loaded, trained = resolve_weight_dtypes(config.model, place.device)
     compute = resolve_autocast_dtype(config.model, place.device) or trained
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=loaded)
+    model = _on_meta(model_config, loaded)
     adapters: tuple[Weight, ...] = ()
     if config.model.lora_rank is not None:
         model.requires_grad_(False)
@@ -95,8 +96,10 @@ def shapes_of(config: Config, place: Place) -> Shapes:
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     length = config.data.max_prompt_tokens + config.rollout.max_response_length
     is_sharded = place.num_processes > 1 or config.sharding.cpu_offload
+    weights = _weights(model) + adapters
     return Shapes(
-        weights=_weights(model) + adapters,
+        weights=weights,
+        reference=_reference(config, weights, compute),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         query=heads * head_size,
@@ -114,6 +117,28 @@ def shapes_of(config: Config, place: Place) -> Shapes:
         residual_bytes=compute.itemsize if is_sharded else loaded.itemsize,
         source=source,
     )
+
+
+def _reference(config: Config, own: tuple[Weight, ...], dtype: torch.dtype) -> tuple[Weight, ...]:
+    """The weights of the reference; none where there is none, or where frozen weights of the
+    policy are it.
+
+    Args:
+        own: those of the policy.
+        dtype: of the compute.
+    """
+    if not make_method(config, eos_token_id=0).uses_reference:  # whatever ends a response
+        return ()
+    if config.reference.model != START:
+        return _weights(_on_meta(_model_config(config, "reference.model")[0], dtype))
+    if config.model.lora_rank is None:
+        return tuple(replace(weight, itemsize=dtype.itemsize) for weight in own)
+    return own if config.reference.update_every else ()
+
+
+def _on_meta(model_config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config, dtype=dtype)
 
 
 def _weights(model: PreTrainedModel) -> tuple[Weight, ...]:
@@ -160,10 +185,13 @@ def _layer(model: PreTrainedModel, name: str) -> str | None:
     return name.removeprefix(layers).split(".")[0] if name.startswith(layers) else None
 
 
-def _model_config(config: Config) -> tuple[PreTrainedConfig, str]:
-    """The configuration of the model, and its source."""
+def _model_config(
+    config: Config, key: Literal["model.path", "reference.model"]
+) -> tuple[PreTrainedConfig, str]:
+    """The configuration of the model that `key` names, and its source."""
     base = config.base
-    if config.model.path is None:
+    path = config.model.path if key == "model.path" else config.reference.model
+    if path is None:
         sizes = Qwen2Config(
             vocab_size=base.vocab_size,
             hidden_size=base.hidden_size,
@@ -174,7 +202,7 @@ def _model_config(config: Config) -> tuple[PreTrainedConfig, str]:
             tie_word_embeddings=True,
         )
         return sizes, "section [base]"
-    path = model_at(config.model.path)
+    path = model_at(path)
     if path in SIZES:
         try:
             return AutoConfig.from_pretrained(
@@ -187,6 +215,6 @@ def _model_config(config: Config) -> tuple[PreTrainedConfig, str]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model.path: expected a model folder or a hub id that can be reached, got {path!r} "
+            f"{key}: expected a model folder or a hub id that can be reached, got {path!r} "
             f"({reason})"
         ) from error

@@ -27,11 +27,19 @@ class LossConfig:
     # largest weight that corrects for the engine's log-probs; None: no correction
     importance_cap: PositiveFloat | None = None
     entropy_coef: NonNegativeFloat = 0.0  # coefficient of the entropy bonus
+    # estimator of the KL divergence to [reference] that the loss adds, by d = log-prob - reference:
+    # k1: d, k2: d^2 / 2, k3: e^-d - 1 + d
+    kl: Literal["none", "k1", "k2", "k3"] = "none"
+    kl_coef: NonNegativeFloat = 0.0  # its coefficient
 
     def __post_init__(self) -> None:
         _require_clip_range((self.clip_low, self.clip_high), "loss.clip_low, loss.clip_high")
         if isinstance(self.prefix_clip, tuple):
             _require_clip_range(self.prefix_clip, "loss.prefix_clip")
+
+    @property
+    def uses_kl(self) -> bool:
+        return self.kl != "none" and self.kl_coef > 0
 
     def policy_config(self) -> PolicyConfig:
         from rft_kernels import PolicyConfig

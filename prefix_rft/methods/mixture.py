@@ -58,6 +58,7 @@ class Mixture(RFT):
 
     section = MixtureOptions
     needs_demonstrations = True
+    uses_reference = False  # the section [loss] is not its own
     charts: ClassVar[tuple[Chart, ...]] = (
         Chart(
             title="Demonstrations",

@@ -18,6 +18,10 @@ class RFT(Method):
 
     name = "rft"
 
+    @property
+    def uses_reference(self) -> bool:
+        return self.setting.loss.uses_kl
+
     def plan_group(self, problem: Problem, step: int) -> list[RolloutRequest]:
         budget = self.setting.max_response_length
         request = RolloutRequest(prompt_ids=problem.prompt_ids, max_new_tokens=budget)
@@ -61,7 +65,7 @@ class RFT(Method):
 
     def _rows(self, group: Group, advantages: Sequence[Advantage]) -> list[TrainRow]:
         """Rollouts with an advantage; all of them where the loss has another term."""
-        every = self.setting.loss.entropy_coef != 0
+        every = self.setting.loss.entropy_coef != 0 or self.setting.loss.uses_kl
         return [
             TrainRow.of_rollout(
                 rollout,

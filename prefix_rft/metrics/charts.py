@@ -17,7 +17,7 @@ from prefix_rft.methods import Chart, declared_charts
 Record = Mapping[str, Any]
 
 # matplotlib writes a colour as hex; each stands for a CSS variable and is replaced in the SVG.
-SERIES = [f"#0a0a0{i}" for i in range(1, 7)]
+SERIES = [f"#0a0a0{i}" for i in range(1, 8)]
 INK, GRID = "#0a0b01", "#0a0b02"
 CSS_COLOURS = {hex_: f"var(--series-{i})" for i, hex_ in enumerate(SERIES, start=1)}
 CSS_COLOURS |= {INK: "var(--muted)", GRID: "var(--line)"}
@@ -78,6 +78,7 @@ CHARTS = (
             "time/reward_s": "reward",
             "time/wait_s": "wait for other ranks",
             "time/old_policy_s": "old policy",
+            "time/reference_s": "reference",
             "time/update_s": "update",
         },
     ),
@@ -109,6 +110,12 @@ CHARTS = (
         unit="nats",
         limits=(None, None),
         series={"policy/approx_kl_mean": "to the policy before the update"},
+    ),
+    Chart(
+        title="KL to the reference",
+        unit="nats",
+        limits=(None, None),
+        series={"policy/ref_kl_mean": "mean of a token"},
     ),
     Chart(
         title="Log-prob gap",

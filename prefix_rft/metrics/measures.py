@@ -61,6 +61,7 @@ def _measure_update(step_metrics: StepMetrics, update: Update) -> None:
         ("policy/clip_low_frac", "clipped_low"),
         ("policy/clip_high_frac", "clipped_high"),
         ("policy/approx_kl_mean", "approx_kl_sum"),
+        ("policy/ref_kl_mean", "kl_sum"),
     ):
         if figure in sums:
             step_metrics.mean(name, sums[figure], sums["num_tokens"])

@@ -41,6 +41,7 @@ FIGURES = {
         ("generate", "time/generate_s", "s"),
         ("reward", "time/reward_s", "s"),
         ("old policy", "time/old_policy_s", "s"),
+        ("reference", "time/reference_s", "s"),
         ("update", "time/update_s", "s"),
     ),
     "speed": (("", "throughput/step_tokens_per_s", "tokens/s"),),

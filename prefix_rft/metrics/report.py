@@ -22,11 +22,11 @@ CSS = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #1d2126;
   --muted: #68707a; --line: #e3e5e8; --prefix: #dbe8fb; --good: #1a7f4b; --bad: #b3372f;
   --series-1: #2f6fc4; --series-2: #d9731a; --series-3: #2a9d6f; --series-4: #9a5bbd;
-  --series-5: #c23b5a; --series-6: #7a7f45; }
+  --series-5: #c23b5a; --series-6: #7a7f45; --series-7: #3d8f99; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e4e7ea;
   --muted: #97a0aa; --line: #31373d; --prefix: #223a5c; --good: #55c98c; --bad: #f08a80;
   --series-1: #6ea8f2; --series-2: #f0a35c; --series-3: #5fcaa0; --series-4: #c294e0;
-  --series-5: #ee7f9a; --series-6: #b9bf77; } }
+  --series-5: #ee7f9a; --series-6: #b9bf77; --series-7: #79c6d0; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }

@@ -14,7 +14,7 @@ from prefix_rft.model.loading import (
     resolve_weight_dtypes,
     try_export,
 )
-from prefix_rft.model.lora import adaptable_layers, decoder_layers
+from prefix_rft.model.lora import adaptable_layers, decoder_layers, without_adapters
 from prefix_rft.model.policy import Policy
 from prefix_rft.model.vocabulary import end_of_response_id, stop_token_ids, vocabulary_size
 from prefix_rft.model.weights import full_weights, weight_shapes
@@ -42,4 +42,5 @@ __all__ = [
     "try_export",
     "vocabulary_size",
     "weight_shapes",
+    "without_adapters",
 ]

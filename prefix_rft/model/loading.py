@@ -123,9 +123,13 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: World) -> Policy:
+def load_policy(
+    config: Config, path: str | Path, *, vocab_size: int, world: World, is_trained: bool = True
+) -> Policy:
     """The policy for the model at `path`, in this process or sharded over `world`. Collective.
 
+    Args:
+        is_trained: False: its weights are in the compute dtype, for forwards alone.
     Raises:
         ConfigError: see `load_model` and `Policy`.
     """
@@ -135,26 +139,28 @@ def load_policy(config: Config, path: str | Path, *, vocab_size: int, world: Wor
         "autocast_dtype": resolve_autocast_dtype(config.model),
     }
     if world.mesh is None:
-        policy = Policy(load_model(config.model, path, seed=config.seed), **options)
+        model = load_model(config.model, path, seed=config.seed, is_trained=is_trained)
+        policy = Policy(model, **options)
     else:
-        policy = _sharded_policy(config, path, world, options)
+        policy = _sharded_policy(config, path, world, options, is_trained=is_trained)
     left = None if config.model.lora_rank is None else unadapted_weights(policy.model)
-    if left and world.is_main:
+    if left and is_trained and world.is_main:
         print(f"no LoRA adapter, and so no training, for {left}", flush=True)
     return policy
 
 
 def _sharded_policy(
-    config: Config, path: str | Path, world: World, options: dict[str, Any]
+    config: Config, path: str | Path, world: World, options: dict[str, Any], *, is_trained: bool
 ) -> Policy:
     device = resolve_device(config.model)
     offload = config.sharding.cpu_offload
     source: list[PreTrainedModel] = []  # one model on rank 0, empty elsewhere
     on_host = host_config(config.model, device)
-    world.broadcast(lambda: source.append(load_model(on_host, path, seed=config.seed)))
+    loading = {"seed": config.seed, "is_trained": is_trained}
+    world.broadcast(lambda: source.append(load_model(on_host, path, **loading)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            **_architecture(config.model, path), trust_remote_code=False
+            **_architecture(config.model, path, is_trained=is_trained), trust_remote_code=False
         )
         _prepare(model, config.model, seed=config.seed)
     policy = Policy(model, device=device, **options)
@@ -176,13 +182,16 @@ def _sharded_policy(
     return policy
 
 
-def load_model(config: ModelConfig, path: str | Path, *, seed: int = 0) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, path: str | Path, *, seed: int = 0, is_trained: bool = True
+) -> PreTrainedModel:
     """The causal language model at `path`, in training mode.
 
     Trained weights are float32 (or float64); weights frozen under adapters have the compute dtype.
 
     Args:
         seed: for initialising adapters.
+        is_trained: False: all weights but those of adapters have the compute dtype.
     Raises:
         ConfigError: nothing at `path`, not a causal language model, missing weights, an override
             that does not apply to the model, or a missing package.
@@ -193,7 +202,7 @@ def load_model(config: ModelConfig, path: str | Path, *, seed: int = 0) -> PreTr
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with their names
             trust_remote_code=False,
-            **_architecture(config, path),
+            **_architecture(config, path, is_trained=is_trained),
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_found(path, "model", error) from error
@@ -232,9 +241,11 @@ def load_model_config(config: ModelConfig, path: str | Path) -> PreTrainedConfig
     return model_config
 
 
-def _architecture(config: ModelConfig, path: str | Path) -> dict[str, Any]:
+def _architecture(config: ModelConfig, path: str | Path, *, is_trained: bool) -> dict[str, Any]:
     """The arguments that construct the model at `path`, apart from its weights."""
     dtype, _ = resolve_weight_dtypes(config)
+    if not is_trained:
+        dtype = resolve_autocast_dtype(config) or dtype
     return {
         "config": load_model_config(config, path),
         "dtype": dtype,

@@ -1,6 +1,8 @@
 """Low-rank adapters for a model's linear layers, except the head: y = W x + scale * B (A x)."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -110,6 +112,20 @@ def merged_weight(layer: nn.Module) -> torch.Tensor:
     change = layer.scaling[_ADAPTER] * (up @ down)
     # A Conv1D holds its weight transposed.
     return layer.base_layer.weight.to(up.dtype) + (change.T if layer.fan_in_fan_out else change)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """While entered, `model` computes as if it had no adapters."""
+    layers = _adapted(model)
+    scales = [layer.scaling[_ADAPTER] for layer in layers]
+    for layer in layers:
+        layer.scaling[_ADAPTER] = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[_ADAPTER] = scale
 
 
 def _adapted(model: nn.Module) -> list[nn.Module]:

@@ -83,11 +83,14 @@ class Policy(nn.Module):
             return self.lm_head(self.hidden_states(batch), *head_inputs, **head_options)
 
     @torch.no_grad()
-    def token_stats(self, batch: TrainBatch) -> TokenStats:
-        """Log-probs and entropies [T] of the response tokens, 0 elsewhere; without gradient."""
-        return self(
-            batch, batch.targets, row_mask=batch.response_mask, temperature=self.temperature
-        )
+    def token_stats(self, batch: TrainBatch, *, temperature: float | None = None) -> TokenStats:
+        """Log-probs and entropies [T] of the response tokens, 0 elsewhere; without gradient.
+
+        Args:
+            temperature: None: the policy's.
+        """
+        temperature = self.temperature if temperature is None else temperature
+        return self(batch, batch.targets, row_mask=batch.response_mask, temperature=temperature)
 
     def loss(
         self, batch: TrainBatch, *, normalizer: float, loss: PolicyConfig | TokenLoss
@@ -115,12 +118,15 @@ class Policy(nn.Module):
             cu_seqlens=batch.cu_seqlens,
             selected_mask=selected,
             rollout_log_probs=batch.rollout_log_probs,
+            ref_log_probs=batch.ref_log_probs,
             stats="active",
             active_rows=batch.active_rows,
         )
 
     def _token_loss(self, batch: TrainBatch, normalizer: float, loss: TokenLoss) -> PolicyLoss:
         inputs = [getattr(batch, name) for name in loss.inputs]
+        if "ref_log_probs" in loss.inputs and batch.ref_log_probs is None:
+            raise ValueError("ref_log_probs: a method that takes them says so by uses_reference")
 
         def function(log_probs: torch.Tensor, entropy: torch.Tensor, *given: torch.Tensor):
             # None stands for old log-probs, when the policy has not moved yet.

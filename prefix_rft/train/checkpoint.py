@@ -109,9 +109,18 @@ class CheckpointWriter:
             self.finish()
         self._executor.shutdown()
 
-    def save(self, model: nn.Module, optimizers: Optimizers, state: TrainerState) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        optimizers: Optimizers,
+        state: TrainerState,
+        *,
+        reference: nn.Module | None = None,
+    ) -> None:
         """Write the checkpoint of `state.step`, then delete all but the newest. Collective.
 
+        Args:
+            reference: the model of a reference that follows the policy.
         Raises:
             CheckpointError: this or the previous checkpoint could not be written; earlier ones are
                 untouched.
@@ -120,8 +129,9 @@ class CheckpointWriter:
         target = checkpoint_dir(self.run_dir, state.step)
         partial = target.with_name(f".partial-{target.name}")
         description = {"format": FORMAT, "shapes": _shapes(model), "state": asdict(state)}
+        description["has_reference"] = reference is not None
         self.world.broadcast(lambda: self._guard(target, lambda: _start(partial, description)))
-        saved = _states(model, optimizers)
+        saved = _states(model, optimizers, reference)
 
         def write_states() -> None:
             (partial / _rng_file(self.world.rank)).write_text(json.dumps(_rng_states()))
@@ -211,15 +221,17 @@ def load_checkpoint(
     optimizers: Optimizers,
     *,
     data_fingerprint: str,
+    reference: nn.Module | None = None,
     world: World | None = None,
 ) -> TrainerState:
-    """Restore `model`, `optimizers` and the random generators in place. Collective.
+    """Restore the models, `optimizers` and the random generators in place. Collective.
 
     The checkpoint may have been written by any number of ranks. A rank without generator states in
     it keeps its own.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or belongs to another model or other data.
+        CheckpointError: the checkpoint is damaged, belongs to another model or other data, or has
+            no `reference`.
     """
     world = World() if world is None else world
     description = world.broadcast(lambda: _verify(path))
@@ -230,9 +242,16 @@ def load_checkpoint(
             f"checkpoint {path}: expected the training problems it was written with "
             f"(fingerprint {state.data_fingerprint}), got others ({data_fingerprint})"
         )
-    loaded = _states(model, optimizers)
+    if reference is not None and not description.get("has_reference"):
+        raise CheckpointError(
+            f"checkpoint {path}: expected the weights of the reference, for "
+            "reference.update_every, got none: its steps were done without"
+        )
+    loaded = _states(model, optimizers, reference)
     dcp.load(loaded, checkpoint_id=path / "state", no_dist=world.mesh is None)
     set_model_state_dict(model, loaded["model"], options=_TRAINED)
+    if reference is not None:
+        set_model_state_dict(reference, loaded["reference"], options=_TRAINED)
     for name, optimizer in optimizers.items():
         set_optimizer_state_dict(model, optimizer, loaded["optimizers"][name], options=_TRAINED)
     generators = path / _rng_file(world.rank)
@@ -241,8 +260,15 @@ def load_checkpoint(
     return state
 
 
-def _states(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
-    return {
+def _states(
+    model: nn.Module, optimizers: Optimizers, reference: nn.Module | None
+) -> dict[str, Any]:
+    states = (
+        {}
+        if reference is None
+        else {"reference": get_model_state_dict(reference, options=_TRAINED)}
+    )
+    return states | {
         "model": get_model_state_dict(model, options=_TRAINED),
         "optimizers": {
             name: get_optimizer_state_dict(model, optimizer, options=_TRAINED)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import Config
+from prefix_rft.config import Config, make_method
 from prefix_rft.data import load_problems
 from prefix_rft.data_types import Problem
 from prefix_rft.evaluate import answer, summarize, write_outcomes
@@ -13,6 +13,7 @@ from prefix_rft.methods import find_method
 from prefix_rft.model import (
     World,
     check_micro_batches,
+    end_of_response_id,
     load_model_config,
     load_policy,
     load_tokenizer,
@@ -21,6 +22,7 @@ from prefix_rft.model import (
 from prefix_rft.reward import Rewarder
 from prefix_rft.rollout import make_engine, max_sequence_length, serving
 from prefix_rft.train.interrupt import Interrupt
+from prefix_rft.train.reference import Reference, check_reference, load_reference
 from prefix_rft.train.trainer import Trainer
 
 
@@ -31,9 +33,15 @@ class Setup:
         self, config: Config, model_path: Path | str, world: World, *, trains: bool = True
     ) -> None:
         self.config = config
+        self.model_path = model_path
         self.world = world
         _check_length(config, model_path)
         self.tokenizer = load_tokenizer(model_path, config.model.chat_template)
+        eos_token_id = end_of_response_id(self.tokenizer)
+        method = make_method(config, eos_token_id=eos_token_id)
+        self.uses_reference = trains and method.uses_reference
+        if self.uses_reference:
+            check_reference(config, self.tokenizer)
         self.data = load_problems(config, self.tokenizer, trains=trains)
         self.policy = load_policy(
             config, model_path, vocab_size=vocabulary_size(self.tokenizer), world=world
@@ -64,6 +72,16 @@ class Setup:
             engine=self.engine,
             rewarder=self.rewarder,
             problems=problems,
+            reference=self.reference() if self.uses_reference else None,
+            world=self.world,
+        )
+
+    def reference(self) -> Reference:
+        return load_reference(
+            self.config,
+            self.model_path,
+            self.policy,
+            vocab_size=vocabulary_size(self.tokenizer),
             world=self.world,
         )
 

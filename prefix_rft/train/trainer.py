@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from rft_kernels import PolicyConfig
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedTokenizerBase
 
-from prefix_rft.config import Config
+from prefix_rft.config import Config, make_method
 from prefix_rft.data_types import (
     Group,
     MiniBatch,
@@ -23,7 +24,7 @@ from prefix_rft.data_types import (
     TrainBatch,
     Update,
 )
-from prefix_rft.methods import Method, Setting, TokenLoss, find_method
+from prefix_rft.methods import TokenLoss
 from prefix_rft.metrics import (
     StepMetrics,
     check_gap,
@@ -40,6 +41,7 @@ from prefix_rft.train.checkpoint import CheckpointWriter, TrainerState, load_che
 from prefix_rft.train.interrupt import Interrupt
 from prefix_rft.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from prefix_rft.train.packing import dummy_batch, pack, plan_micro_batches, take_rows, token_index
+from prefix_rft.train.reference import Reference
 from prefix_rft.train.sampler import Sampler
 
 POLICY = "policy"  # the optimizer that every method has
@@ -61,6 +63,7 @@ class Trainer:
         engine: RolloutEngine,
         rewarder: Rewarder,
         problems: Sequence[Problem],
+        reference: Reference | None = None,
         world: World | None = None,
     ) -> None:
         self.config = config
@@ -70,7 +73,8 @@ class Trainer:
         self.engine = engine
         self.rewarder = rewarder
         self.problems = problems
-        self.method = make_method(config, tokenizer)
+        self.reference = reference
+        self.method = make_method(config, eos_token_id=end_of_response_id(tokenizer))
         self.sampler = Sampler(
             config,
             method=self.method,
@@ -110,6 +114,8 @@ class Trainer:
                 has_moved = bool(updates)
                 updates.append(self.update(mini_batch, batch, step_metrics, has_moved=has_moved))
             self.step_index += 1
+            if self.reference is not None:
+                self.reference.follow(self.policy, self.step_index)
         measure_rollouts(step_metrics, groups)
         measure_updates(step_metrics, groups, updates)
         for figure in self.method.figures(groups, updates, self.has_answer):
@@ -128,8 +134,15 @@ class Trainer:
             data_fingerprint=fingerprint(self.problems),
             method=self.method.state(),
         )
-        checkpoints.save(self.policy.model, self.optimizers, state)
+        checkpoints.save(self.policy.model, self.optimizers, state, reference=self.moving_reference)
         return self.step_index
+
+    @property
+    def moving_reference(self) -> nn.Module | None:
+        """The model of a reference that checkpoints have to keep."""
+        if self.reference is None or not self.reference.update_every:
+            return None
+        return self.reference.policy.model
 
     def restore(self, checkpoint: Path) -> None:
         """Take up the weights, the optimizers, the step and the method's state. Collective."""
@@ -138,6 +151,7 @@ class Trainer:
             self.policy.model,
             self.optimizers,
             data_fingerprint=fingerprint(self.problems),
+            reference=self.moving_reference,
             world=self.world,
         )
         self.step_index = state.step
@@ -152,16 +166,25 @@ class Trainer:
         )
 
     def pack(self, mini_batch: MiniBatch, step_metrics: StepMetrics) -> TrainBatch:
-        """The rows in tensors; where the policy moves within the step, with its log-probs before.
+        """The rows in tensors, with the log-probs that the loss compares those of the update with:
+        of the reference, and of the policy before, where it moves within the step.
 
         Raises:
             LogProbGapError: the engine sampled from something else; nothing was updated.
         """
         batch = pack(mini_batch.rows, device=self.policy.device, dtype=self.policy.stats_dtype)
-        if self.updates_per_step == 1 or not takes_old_log_probs(self.method.loss(mini_batch)):
+        loss, rows = self.method.loss(mini_batch), range(len(batch.lengths))
+        if self.reference is not None and takes(loss, "ref_log_probs"):
+            temperature = loss.temperature if isinstance(loss, TokenLoss) else None
+            with step_metrics.phase("reference"), self.reference.at_work() as reference:
+                log_probs, _ = self.token_stats(
+                    batch, rows, policy=reference, temperature=temperature
+                )
+            batch = replace(batch, ref_log_probs=log_probs)
+        if self.updates_per_step == 1 or not takes(loss, "old_log_probs"):
             return batch
         with step_metrics.phase("old_policy"):
-            log_probs, _ = self.token_stats(batch, range(len(batch.lengths)))
+            log_probs, _ = self.token_stats(batch, rows)
         check_gap(log_prob_gap(batch, log_probs), self.config.rollout.max_log_prob_gap)
         return replace(batch, old_log_probs=log_probs)
 
@@ -238,14 +261,26 @@ class Trainer:
         return norm, is_applied
 
     def token_stats(
-        self, batch: TrainBatch, rows: Sequence[int]
+        self,
+        batch: TrainBatch,
+        rows: Sequence[int],
+        *,
+        policy: Policy | None = None,
+        temperature: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and entropy of `rows` under the current policy, [T] each; 0 on other rows."""
+        """Log-probs and entropy of `rows`, [T] each; 0 on other rows.
+
+        Args:
+            policy: None: the current one.
+            temperature: None: that of the rollouts.
+        """
+        policy = self.policy if policy is None else policy
         log_probs = torch.zeros_like(batch.advantages)
         entropy = torch.zeros_like(batch.advantages)
         for picks in self.micro_batches([batch.lengths[row] for row in rows]):
             part = [rows[pick] for pick in picks]
-            stats = self.policy.token_stats(take_rows(batch, part) if part else dummy_batch(batch))
+            taken = take_rows(batch, part) if part else dummy_batch(batch)
+            stats = policy.token_stats(taken, temperature=temperature)
             index = token_index(batch, part)
             log_probs[index] = stats.log_probs[: len(index)]
             entropy[index] = stats.entropy[: len(index)]
@@ -267,23 +302,8 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     return digest.hexdigest()[:16]
 
 
-def make_method(config: Config, tokenizer: PreTrainedTokenizerBase) -> Method:
-    """The method `config.method.name`, with its section."""
-    method = find_method(config.method.name)
-    setting = Setting(
-        seed=config.seed,
-        num_steps=config.trainer.num_steps,
-        prompts_per_step=config.trainer.prompts_per_step,
-        prompts_per_update=config.trainer.prompts_per_update,
-        group_size=config.rollout.group_size,
-        max_response_length=config.rollout.max_response_length,
-        mask_truncated=config.rollout.mask_truncated,
-        eos_token_id=end_of_response_id(tokenizer),
-        advantage_scale=config.method.advantage_scale,
-        loss=config.loss,
-    )
-    return method(config.section(method), setting)
-
-
-def takes_old_log_probs(loss: PolicyConfig | TokenLoss) -> bool:
-    return not isinstance(loss, TokenLoss) or "old_log_probs" in loss.inputs
+def takes(loss: PolicyConfig | TokenLoss, name: str) -> bool:
+    """Whether a loss reads the old log-probs, or those of the reference."""
+    if isinstance(loss, TokenLoss):
+        return name in loss.inputs
+    return name == "old_log_probs" or loss.uses_kl

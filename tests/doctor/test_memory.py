@@ -278,6 +278,36 @@ def test_ranks_share_what_replicas_and_offload_leave_them() -> None:
     assert peak_bytes(list(terms.values()), "host") == 16 * (640 + 2 * 300 * 128 + 6400)
 
 
+def test_a_reference_is_held_in_the_dtype_of_the_compute_and_sharded(saved, tmp_path) -> None:
+    place = Place(device=CUDA, device_bytes=GIB, num_processes=2)
+    kl = {"loss": {"kl": "k3", "kl_coef": 0.1}}
+
+    def term(place: Place = place, **sections: dict) -> MemoryTerm | None:
+        config = config_from_dict({"model": {"path": str(saved)}} | sections)
+        terms = memory_terms(config, shapes_of(config, place), place)
+        return next((term for term in terms if term.name == "weights, reference"), None)
+
+    numel = sum(p.numel() for p in Qwen2ForCausalLM.from_pretrained(saved).parameters())
+    assert term() is None and term(loss={"kl": "k3"}) is None
+    assert term(reference={"model": "nowhere"}) is None
+    found = term(**kl)
+    assert (found.num_bytes, found.phase) == (numel // 2 * 2, "always")  # all rows are even
+    assert found.formula == f"{numel:,} parameters / 2 ranks x 2 bytes"
+    assert term(**kl, sharding={"cpu_offload": True}).phase == "host"
+    assert term(replace(place, device=CPU, num_processes=1), **kl).num_bytes == 4 * numel
+    larger = save_model(tmp_path / "larger", num_layers=5)
+    theirs = sum(p.numel() for p in Qwen2ForCausalLM.from_pretrained(larger).parameters())
+    assert term(**kl, reference={"model": str(larger)}).num_bytes == theirs
+    with pytest.raises(ConfigError, match="reference.model: expected a model folder"):
+        term(**kl, reference={"model": str(tmp_path / "nothing")})
+
+    adapters = {"model": {"path": str(saved), "lora_rank": 2}}
+    assert term(**kl, **adapters) is None  # the frozen weights are the reference
+    sides = 3 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))  # q o, k v, mlp
+    moving = term(**kl, **adapters, reference={"update_every": 2})
+    assert moving.num_bytes == numel + 2 * sides  # 2 and 4 bytes, on 2 ranks
+
+
 def test_an_8_bit_state_is_as_large_as_torchao_makes_it() -> None:
     place = Place(device=CUDA, device_bytes=GIB)
     terms = plan({"optimizer": {"name": "adamw_8bit"}}, place)

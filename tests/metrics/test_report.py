@@ -177,11 +177,11 @@ def test_accuracies_by_group_have_charts_of_their_own():
     charts = accuracy_charts([{"step": 0, "kind": "eval"} | figures])
     assert [(chart.title, list(chart.series.values())) for chart in charts] == [
         ("Held-out accuracy", ["greedy", "avg@4"]),
-        ("Held-out greedy by group", list("abcdef")),
-        ("Held-out greedy by group, from 7", list("gh")),
+        ("Held-out greedy by group", list("abcdefg")),
+        ("Held-out greedy by group, from 8", list("h")),
         ("Held-out avg@4 by group", ["a"]),
     ]
-    assert charts[2].series["eval/greedy/g"] == "g"
+    assert charts[2].series["eval/greedy/h"] == "h"
 
 
 def test_a_run_that_has_hardly_begun_has_a_page(tmp_path):

@@ -8,9 +8,10 @@ from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast
 
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import config_from_dict
+from prefix_rft.model.policy import Policy
 from prefix_rft.model.vocabulary import end_of_response_id, stop_token_ids, vocabulary_size
 from prefix_rft.train.run import evaluate_model, train
-from prefix_rft.train.trainer import make_method
+from prefix_rft.train.trainer import Trainer
 from tests.tiny import CHAT_TEMPLATE, make_model, make_run
 from tests.tiny import make_tokenizer as make_tiny_tokenizer
 
@@ -55,8 +56,11 @@ def test_the_chat_template_tells_what_ends_a_response(template, expected, specia
 
 def test_sft_teaches_the_end_that_stops_generation():
     config = config_from_dict({"method": {"name": "sft"}})
-    assert make_method(config, make_tokenizer(CHATML)).setting.eos_token_id == IM_END
-    assert make_method(config, make_tokenizer(None)).setting.eos_token_id == EOS
+    policy = Policy(make_model(8), temperature=1.0, vocab_size=8)
+    parts = {"policy": policy, "engine": None, "rewarder": None, "problems": []}
+    for template, expected in ((CHATML, IM_END), (None, EOS)):
+        trainer = Trainer(config, tokenizer=make_tokenizer(template), **parts)
+        assert trainer.method.setting.eos_token_id == expected
 
 
 def test_everything_that_ends_a_completion():

@@ -30,8 +30,13 @@ CONFIG = {
 }
 
 
-def straight_line_update(config: Config, model, groups, *, old_log_probs=None, entropy_coef=0.0):
-    """Loss, number of kept prefix tokens, number of prefix tokens: full softmaxes, row by row."""
+def straight_line_update(
+    config: Config, model, groups, *, old_log_probs=None, entropy_coef=0.0, reference=None
+):
+    """Loss, number of kept prefix tokens, number of prefix tokens: full softmaxes, row by row.
+
+    With the model `reference` in place of the last two the mean KL to it.
+    """
     temperature = config.rollout.temperature
     rows = []
     for group in groups:
@@ -39,16 +44,19 @@ def straight_line_update(config: Config, model, groups, *, old_log_probs=None, e
         for rollout in group.rollouts:
             if len(set(rewards)) > 1:
                 rows.append((rollout, rollout.reward - sum(rewards) / len(rewards)))
-            elif entropy_coef:
+            elif entropy_coef or reference is not None:
                 rows.append((rollout, 0.0))
 
-    log_probs, entropies = [], []
-    for rollout, _ in rows:
+    def statistics(model, rollout):
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
         logits = model(input_ids=ids, use_cache=False).logits[0, :, :VOCAB_SIZE] / temperature
         log_p = torch.log_softmax(logits, dim=-1)[len(rollout.prompt_ids) - 1 : -1]
-        log_probs.append(log_p.gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0])
-        entropies.append(-(log_p.exp() * log_p).sum(-1))
+        log_probs = log_p.gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        return log_probs, -(log_p.exp() * log_p).sum(-1)
+
+    log_probs, entropies = zip(*(statistics(model, rollout) for rollout, _ in rows), strict=True)
+    if reference is not None:
+        ref_log_probs = [statistics(reference, rollout)[0].detach() for rollout, _ in rows]
 
     pool = [
         (-entropies[b][t].item(), b, t)
@@ -57,6 +65,12 @@ def straight_line_update(config: Config, model, groups, *, old_log_probs=None, e
     ]
     kept = {(b, t) for _, b, t in sorted(pool)[: len(pool) - len(pool) * 4 // 5]}
 
+    kl_of = {
+        "k1": lambda d: d,
+        "k2": lambda d: d**2 / 2,
+        "k3": lambda d: (-d).exp() - 1 + d,
+    }
+    kls = []
     total = torch.zeros((), dtype=torch.float64)
     for b, (rollout, advantage) in enumerate(rows):
         old = log_probs[b].detach() if old_log_probs is None else old_log_probs[b]
@@ -66,9 +80,14 @@ def straight_line_update(config: Config, model, groups, *, old_log_probs=None, e
                 clipped = ratio.clamp(1 - config.loss.clip_low, 1 + config.loss.clip_high)
                 total = total + torch.maximum(-advantage * ratio, -advantage * clipped)
                 total = total - entropy_coef * entropies[b][t]
+                if reference is not None:
+                    kls.append(kl_of[config.loss.kl](log_probs[b][t] - ref_log_probs[b][t]))
     num_rollouts = sum(len(group.rollouts) for group in groups)
-    loss = total / (num_rollouts * config.rollout.max_response_length)
-    return loss, len(kept), len(pool)
+    normalizer = num_rollouts * config.rollout.max_response_length
+    if reference is not None:
+        kl = torch.stack(kls)
+        return (total + config.loss.kl_coef * kl.sum()) / normalizer, kl.mean().item()
+    return total / normalizer, len(kept), len(pool)
 
 
 def apply_update(config: Config, model, moments: dict, step: int) -> None:
