@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import rich.table
+from rich.console import Console
+
 from prefix_rft.checks import ConfigError, require
 from prefix_rft.compare.comparison import Comparison, Run, by_key, load_comparison
 from prefix_rft.compare.jobs import CELL_FILE, Jobs
+from prefix_rft.compare.page import page_html
 from prefix_rft.compare.results import (
     CSV_FILE,
     add_origin,
@@ -15,7 +19,9 @@ from prefix_rft.compare.results import (
     is_done,
     read_summary,
     write_csv,
+    write_text,
 )
+from prefix_rft.compare.table import Table, console_table, make_tables, markdown
 from prefix_rft.config import load_config, require_packages
 from prefix_rft.data import resolve_base
 from prefix_rft.metrics import METRICS_FILE
@@ -105,13 +111,18 @@ def _root(run: Run) -> Run:
 
 
 def write_tables(comparison: Comparison, runs: list[Run]) -> None:
-    """comparison.csv of the runs that are done."""
+    """comparison.csv, .md and .html of the runs that are done; the main figures on the console."""
     rows = finished_rows(runs, comparison)
     if not rows:
         _tell(f"{comparison.folder}: no run is done yet")
         return
+    tables = make_tables(comparison, runs, rows)
     write_csv(rows, comparison.folder / CSV_FILE)
-    _tell(f"wrote {comparison.folder / CSV_FILE}")
+    write_text(comparison.folder / "comparison.md", f"# {comparison.name}\n\n{markdown(tables)}")
+    page = page_html(comparison, runs, tables, comparison.text)
+    write_text(comparison.folder / "comparison.html", page)
+    _print(tables)
+    _tell(f"wrote comparison.csv, comparison.md and comparison.html in {comparison.folder}")
 
 
 def _check_unchanged(runs: list[Run]) -> None:
@@ -157,6 +168,18 @@ def _git(folder: Path, *arguments: str) -> str:
     except FileNotFoundError:
         return ""
     return process.stdout.strip() if process.returncode == 0 else ""
+
+
+def _print(tables: list[Table]) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    table = console_table(tables)
+    shown = rich.table.Table()
+    for column in table.columns:
+        is_name = column == "cell"
+        shown.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown)
 
 
 def _tell(text: str) -> None:

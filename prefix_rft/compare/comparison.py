@@ -60,6 +60,7 @@ class Comparison:
     cells: dict[str, Cell]
     reference: str  # the cell that the others are compared with
     folder: Path
+    text: str  # of the file
 
     def runs(self) -> list[Run]:
         """In the order in which they are started: seed by seed, the cells as in the file."""
@@ -159,7 +160,13 @@ def _comparison(values: dict[str, Any], file: Path, folder: Path) -> Comparison:
     _check_base(cells)
     reference = values.get("reference", next(iter(cells)))
     _require_cell(reference, cells, "reference")
-    return Comparison(name=file.stem, cells=cells, reference=reference, folder=folder)
+    return Comparison(
+        name=file.stem,
+        cells=cells,
+        reference=reference,
+        folder=folder,
+        text=file.read_text(encoding="utf-8"),
+    )
 
 
 def _seeds(key: str, seeds: Any) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """What a run tells: figures of a step, records in files, the console, the report."""
 
+from prefix_rft.metrics.charts import CSS_COLOURS, SERIES, figure_html
 from prefix_rft.metrics.logger import METRICS_FILE, MetricsLogger, NoLogger, read_records
 from prefix_rft.metrics.measures import (
     LogProbGapError,
@@ -10,14 +11,17 @@ from prefix_rft.metrics.measures import (
     measure_updates,
     throughput,
 )
-from prefix_rft.metrics.report import write_report
+from prefix_rft.metrics.report import CSS, write_report
 from prefix_rft.metrics.step_metrics import StepMetrics
-from prefix_rft.metrics.summary import COLUMNS, result_rows
+from prefix_rft.metrics.summary import COLUMNS, is_fraction, result_rows
 from prefix_rft.metrics.watch import Watch
 
 __all__ = [
     "COLUMNS",
+    "CSS",
+    "CSS_COLOURS",
     "METRICS_FILE",
+    "SERIES",
     "StepMetrics",
     "LogProbGapError",
     "MetricsLogger",
@@ -25,6 +29,8 @@ __all__ = [
     "Watch",
     "check_gap",
     "describe_group",
+    "figure_html",
+    "is_fraction",
     "log_prob_gap",
     "measure_rollouts",
     "measure_updates",

@@ -1,7 +1,7 @@
 """The curves of a run as inline SVG; their colours are CSS variables, for light and dark pages."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from statistics import fmean
@@ -176,10 +176,23 @@ def chart_html(chart: Chart, records: Sequence[Record]) -> str | None:
             curves[metric] = (legend, colour, *zip(*points, strict=True))
     if not curves:
         return None
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": chart.title}):
+    legend = "".join(
+        f'<li><i style="background:{CSS_COLOURS[colour]}"></i>{escape(text)}</li>'
+        for text, colour, *_ in curves.values()
+    )
+    return figure_html(
+        title=chart.title,
+        unit=chart.unit,
+        legend=legend,
+        draw=lambda axes: _draw(axes, chart, curves),
+    )
+
+
+def figure_html(*, title: str, unit: str, legend: str, draw: Callable[[Axes], None]) -> str:
+    """An HTML figure: title with unit, the items of a legend, and what `draw` draws, as SVG."""
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
         figure = Figure(figsize=(4.6, 2.5), layout="constrained")
-        axes = figure.add_subplot()
-        _draw(axes, chart, curves)
+        draw(figure.add_subplot())
         stream = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(stream, format="svg", transparent=True, metadata=no_metadata)
@@ -187,13 +200,9 @@ def chart_html(chart: Chart, records: Sequence[Record]) -> str | None:
     svg = svg[svg.index("<svg") :]
     for hex_, variable in CSS_COLOURS.items():
         svg = svg.replace(hex_, variable)
-    legend = "".join(
-        f'<li><i style="background:{CSS_COLOURS[colour]}"></i>{escape(text)}</li>'
-        for text, colour, *_ in curves.values()
-    )
-    unit = f" <small>{escape(chart.unit)}</small>" if chart.unit else ""
+    small = f" <small>{escape(unit)}</small>" if unit else ""
     return (
-        f"<figure><figcaption><h3>{escape(chart.title)}{unit}</h3><ul>{legend}</ul></figcaption>"
+        f"<figure><figcaption><h3>{escape(title)}{small}</h3><ul>{legend}</ul></figcaption>"
         f"{svg}</figure>"
     )
 
