@@ -63,8 +63,8 @@ class Comparison:
     text: str  # of the file
 
     def runs(self) -> list[Run]:
-        """In the order in which they are started: seed by seed, the cells as in the file."""
-        seeds = dict.fromkeys(seed for cell in self.cells.values() for seed in cell.seeds)
+        """In the order in which they are started: by seed, then the cells as in the file."""
+        seeds = sorted({seed for cell in self.cells.values() for seed in cell.seeds})
         made: dict[tuple[str, int], Run] = {}
         for seed in seeds:
             for cell in self.cells.values():

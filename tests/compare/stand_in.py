@@ -1,6 +1,6 @@
-"""In the place of python in `python -m prefix_rft train CELL.toml --resume`: leaves what a run leaves.
+"""In the place of `python` in `python -m prefix_rft train CELL --resume`: leaves what a run leaves.
 
-A cell with `log.wandb_project = "fail"` fails, one with "stop" ends before it is done, and one with
+A cell with `reward.function = "fail"` fails, one with "stop" ends before it is done, and one with
 "wait" waits for a signal.
 """
 
@@ -34,14 +34,15 @@ def results(accuracy: float) -> dict:
 with (run_dir.parent / "order.txt").open("a") as stream:
     stream.write(f"{run_dir.name} {os.environ.get('OMP_NUM_THREADS')}\n")
 print("\n".join(f"line {number}" for number in range(20)))
-match config["log"].get("wandb_project"):
+match config["reward"].get("function"):
     case "fail":
         sys.exit("error: this cell fails")
     case "stop":
         sys.exit(0)
     case "wait":
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-        (run_dir / "waits").touch()
+        (run_dir / "partial").write_text(str(os.getpid()))
+        (run_dir / "partial").rename(run_dir / "waits")
         signal.pause()
 
 records = [{"step": 0, "kind": "eval", "eval/avg@2": 0.1, "eval/greedy": 0.1}]
