@@ -68,6 +68,8 @@ class Rollout:
     text: str  # decoded response
     reward: float
     status: RewardStatus
+    # what the reward was made of, by name; empty where there is nothing to tell apart
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_hybrid(self) -> bool:

@@ -24,6 +24,7 @@ from prefix_rft.config.run_folder import (
     model_at,
 )
 from prefix_rft.config.sections import (
+    MATH,
     START,
     BaseConfig,
     DataConfig,
@@ -40,11 +41,13 @@ from prefix_rft.config.sections import (
     TiersConfig,
     TrainerConfig,
     VLLMConfig,
+    function_name,
 )
 
 __all__ = [
     "CONFIG_FILE",
     "EXTRAS",
+    "MATH",
     "MODEL_FOLDER",
     "OUTCOMES_FILE",
     "START",
@@ -67,6 +70,7 @@ __all__ = [
     "VLLMConfig",
     "config_from_dict",
     "config_type",
+    "function_name",
     "install_hint",
     "is_installed",
     "is_run_folder",

@@ -88,6 +88,12 @@ class Config:
             group_size=self.rollout.group_size,
             max_response_length=self.rollout.max_response_length,
         )
+        require(
+            self.reward.overlong_tokens < self.rollout.max_response_length,
+            "reward.overlong_tokens",
+            f"below rollout.max_response_length ({self.rollout.max_response_length})",
+            self.reward.overlong_tokens,
+        )
         longest = self.data.max_prompt_tokens + self.rollout.max_response_length
         positions = self.model.max_position_embeddings
         require(

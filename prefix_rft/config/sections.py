@@ -16,6 +16,7 @@ NonEmpty = Annotated[str, Field(min_length=1, description="a text")]
 START = "start"  # as the reference: the model that the run starts from
 AtLeastTwo = Annotated[int, Field(ge=2)]
 Beta = Annotated[float, Field(ge=0, lt=1, description="a number in [0, 1)")]
+Rounds = Annotated[int, Field(ge=0, le=16, description="a whole number in [0, 16]")]
 Steps = Annotated[int, Field(ge=1, le=26, description="a whole number in [1, 26]")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="a whole number in [0, 2**32)")]
 
@@ -198,6 +199,8 @@ class RolloutConfig:
     stop: tuple[NonEmpty, ...] = ()
     # rollouts that were cut at max_response_length count for their group, and are not learnt from
     mask_truncated: bool = False
+    # rounds in which groups whose rewards are all equal are replaced by those of other prompts
+    resample_groups: Rounds = 0
     max_batch_sequences: PositiveInt = 256  # sequences generated at once
     # the run stops above this mean |engine - trainer|, in nats per token; None: it never does
     max_log_prob_gap: PositiveFloat | None = 0.1
@@ -247,23 +250,60 @@ class ReferenceConfig:
     update_every: NonNegativeInt = 0
 
 
+MATH = "math"  # the name of the math grader among reward functions
+# of metrics reward/<name>_mean that are no function's
+RESERVED_NAMES = frozenset(["", "hybrid", "on_policy", "overlong_penalty"])
+
+
+def function_name(path: str) -> str:
+    """The last part of the dotted path of a reward function."""
+    return path.replace(":", ".").rpartition(".")[2]
+
+
 @config_section("reward")
 class RewardConfig:
     """How responses are graded."""
 
     # dotted path to f(completions, **columns) -> list[float]; None: the math grader
     function: str | None = None
-    # smallest reward of a correct response; the math grader gives 1 and 0
+    # such a path, or "math" for the math grader -> weight: the reward is the weighted sum
+    functions: dict[str, float] = field(default_factory=dict)
+    # smallest reward of a correct response; where the math grader is asked, it decides
     correct_reward: float = 1.0
-    retries: NonNegativeInt = 0  # further calls of `function` after one that raised an exception
+    retries: NonNegativeInt = 0  # further calls of a function after one that raised an exception
     retry_wait_s: NonNegativeFloat = 1.0  # seconds before the first retry, doubled for each next
-    # None of `function` means no reward: the rollout is left out of everything. False: an error
+    # None of a function means no reward, and where all of them give None, the rollout is left out
+    # of everything. False: an error
     allow_none: bool = False
+    # in training, a response loses up to `overlong_penalty` within the last so many tokens before
+    # rollout.max_response_length; 0: no penalty
+    overlong_tokens: NonNegativeInt = 0
+    overlong_penalty: NonNegativeFloat = 1.0  # what a response of the full length loses
     num_workers: PositiveInt = 2  # grader processes
     timeout_s: PositiveFloat = 5.0  # seconds per answer; then the worker is killed and replaced
     # address space of a worker beyond its start-up size
     memory_mib: Annotated[int, Field(ge=64)] = 1024
     max_error_fraction: Fraction = 0.5  # fraction of rollouts that may fail to be graded
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.function and self.functions),
+            "reward.functions",
+            f"none beside reward.function ({self.function!r})",
+            self.functions,
+        )
+        names = [function_name(path) for path in self.functions]
+        require(
+            len(set(names)) == len(names) and not RESERVED_NAMES.intersection(names),
+            "reward.functions",
+            f"functions of different names, other than {', '.join(sorted(RESERVED_NAMES))}",
+            list(self.functions),
+        )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Path of each reward function, or `MATH`, -> weight."""
+        return self.functions or {self.function or MATH: 1.0}
 
 
 @config_section("optimizer")

@@ -13,7 +13,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.checks import require
-from prefix_rft.config import Config, DataConfig
+from prefix_rft.config import MATH, Config, DataConfig
 from prefix_rft.data.columns import ColumnMap, DataError, Message, Row, find_map
 from prefix_rft.data.generated import GENERATED, generated_rows
 from prefix_rft.data.load_report import Findings, LoadReport
@@ -62,7 +62,7 @@ def load_problems(
             data,
             tokenizer,
             max_response_length=config.rollout.max_response_length,
-            check_answers=config.reward.function is None,
+            check_answers=MATH in config.reward.weights,
             **options,
         )
         reports.append(report)

@@ -7,8 +7,10 @@ from prefix_rft.metrics.measures import (
     check_gap,
     describe_group,
     log_prob_gap,
+    measure_generated,
     measure_rollouts,
     measure_updates,
+    sampled_rewards,
     throughput,
 )
 from prefix_rft.metrics.report import CSS, write_report
@@ -32,10 +34,12 @@ __all__ = [
     "figure_html",
     "is_fraction",
     "log_prob_gap",
+    "measure_generated",
     "measure_rollouts",
     "measure_updates",
     "read_records",
     "result_rows",
+    "sampled_rewards",
     "throughput",
     "write_report",
 ]

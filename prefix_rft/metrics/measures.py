@@ -23,20 +23,31 @@ STATUSES = ("correct", "wrong", *UNGRADED)
 
 def measure_rollouts(step_metrics: StepMetrics, groups: Sequence[Group]) -> None:
     """Rewards, lengths and grader statuses of all rollouts of a step that the policy wrote."""
-    rewards = [[each.reward for each in group.rollouts if each.is_sampled] for group in groups]
+    measure_generated(step_metrics, groups)
+    for rewards in filter(lambda each: len(each) > 1, map(sampled_rewards, groups)):
+        step_metrics.mean("reward/zero_std_frac", len(set(rewards)) == 1, 1)
+
+
+def measure_generated(step_metrics: StepMetrics, groups: Sequence[Group]) -> None:
+    """Figures of single rollouts; those of groups that the step drops count as well."""
     rollouts = [each for group in groups for each in group.rollouts if each.is_sampled]
     for rollout in rollouts:
         step_metrics.mean("reward/mean", rollout.reward, 1)
+        for name, part in rollout.reward_parts.items():
+            step_metrics.mean(f"reward/{name}_mean", part, 1)
         step_metrics.mean("rollout/response_length_mean", len(rollout.response_ids), 1)
         step_metrics.mean("rollout/truncated_frac", rollout.finish_reason == "length", 1)
         step_metrics.add("rollout/generated_tokens_sum", len(rollout.rollout_log_probs))
-    for each in filter(lambda each: len(each) > 1, rewards):
-        step_metrics.mean("reward/zero_std_frac", len(set(each)) == 1, 1)
     statuses = Counter(rollout.status for rollout in rollouts)
     for status in STATUSES if rollouts else ():
         step_metrics.add(f"grader/{status}_sum", statuses[status])
     for status in UNGRADED:
         step_metrics.mean(f"grader/{status}_frac", statuses[status], len(rollouts))
+
+
+def sampled_rewards(group: Group) -> list[float]:
+    """Of the rollouts of a group that the policy wrote."""
+    return [rollout.reward for rollout in group.rollouts if rollout.is_sampled]
 
 
 def measure_updates(

@@ -1,7 +1,8 @@
-"""Scores responses with the math grader or with a user's function."""
+"""Scores responses with the math grader and functions of the user's."""
 
 from prefix_rft.reward.answers import plain_number
 from prefix_rft.reward.grader import Grader, RewardError, extract_answer, grader_info
+from prefix_rft.reward.length import overlong_penalty
 from prefix_rft.reward.response import response_text
 from prefix_rft.reward.reward import Rewarder, Score
 from prefix_rft.reward.scoring import Scoring
@@ -16,6 +17,7 @@ __all__ = [
     "clean_answer",
     "extract_answer",
     "grader_info",
+    "overlong_penalty",
     "plain_number",
     "response_text",
 ]

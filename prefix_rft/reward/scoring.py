@@ -5,22 +5,22 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import Self
 
-from prefix_rft.data_types import Problem
+from prefix_rft.data_types import Problem, RewardStatus
 from prefix_rft.reward.reward import Rewarder, Score
 
 
 class Scoring:
     """Takes responses as they arrive, in any order; use as a context manager.
 
-    The math grader grades in a thread; a user's reward function is called once, by `scores`, with
-    all responses in order.
+    The math grader grades in a thread; reward functions of the user's are called once, by `scores`,
+    with all responses in order.
     """
 
     def __init__(self, rewarder: Rewarder, problems: Sequence[Problem]) -> None:
         self._rewarder = rewarder
         self._problems = problems
         self._texts: list[str] = [""] * len(problems)
-        self._scores: list[Score | None] = [None] * len(problems)
+        self._statuses: list[RewardStatus | None] = [None] * len(problems)
         self._queue: SimpleQueue[int | None] = SimpleQueue()
         self._executor = ThreadPoolExecutor(max_workers=1)
         self._grading = self._executor.submit(self._grade) if rewarder.in_background else None
@@ -47,8 +47,7 @@ class Scoring:
             return self._rewarder.score(self._texts, self._problems)
         self._queue.put(None)
         self._grading.result()
-        self._rewarder.check(self._scores, self._texts, self._problems)
-        return self._scores
+        return self._rewarder.complete(self._statuses, self._texts, self._problems)
 
     def _grade(self) -> None:
         """Grade in batches whatever has arrived, until None arrives."""
@@ -60,10 +59,10 @@ class Scoring:
                 except Empty:
                     break
             done = [i for i in picks if i is not None]
-            scores = self._rewarder.grade(
+            statuses = self._rewarder.grade(
                 [self._texts[i] for i in done], [self._problems[i] for i in done]
             )
-            for i, score in zip(done, scores, strict=True):
-                self._scores[i] = score
+            for i, status in zip(done, statuses, strict=True):
+                self._statuses[i] = status
             if None in picks:
                 return

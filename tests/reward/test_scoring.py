@@ -61,8 +61,8 @@ def test_a_users_function_is_called_once_with_everything_in_order() -> None:
     calls = []
     config = RewardConfig(function="tests.tiny:even_length")
     with Rewarder(config, "boxed") as rewarder:
-        function = rewarder._function
-        rewarder._function = lambda completions, **c: (
+        [(path, function)] = rewarder._functions.items()
+        rewarder._functions[path] = lambda completions, **c: (
             calls.append(completions) or function(completions)
         )
         with Scoring(rewarder, [problem(0), problem(1)]) as scoring:
