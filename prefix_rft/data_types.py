@@ -144,6 +144,11 @@ class MiniBatch:
     optimizer: str = "policy"  # name of the optimizer that takes the step
     largest_norm: float = math.inf  # an update whose gradient is longer is skipped
 
+    @property
+    def num_sampled(self) -> int:
+        """Rows of which the policy sampled some tokens."""
+        return sum(any(each.rollout_log_probs for each in row.segments) for row in self.rows)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBatch:

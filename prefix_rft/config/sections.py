@@ -202,6 +202,11 @@ class RolloutConfig:
     # rounds in which groups whose rewards are all equal are replaced by those of other prompts
     resample_groups: Rounds = 0
     max_batch_sequences: PositiveInt = 256  # sequences generated at once
+    # rows whose probability by the trainer, over that by the engine, is above this, or below its
+    # inverse, are left out of the loss; None: none is
+    max_sequence_mismatch: Annotated[float, Field(gt=1)] | None = None
+    # that ratio: of all tokens of a response that were sampled, or its geometric mean over them
+    mismatch_level: Literal["sequence", "geometric"] = "sequence"
     # the run stops above this mean |engine - trainer|, in nats per token; None: it never does
     max_log_prob_gap: PositiveFloat | None = 0.1
 

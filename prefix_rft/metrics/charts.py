@@ -61,6 +61,7 @@ CHARTS = (
         series={
             "rollout/left_out_frac": "without gradient, left out",
             "rollout/truncated_frac": "truncated",
+            "rollout/mismatched_frac": "mismatched, left out",
         },
     ),
     Chart(

@@ -192,7 +192,8 @@ def _describe(
         token_ids = row.response_ids
         end = list(accumulate(update.batch.lengths))[k]
         span = slice(end - len(token_ids), end)  # the response is the end of its row
-        prefix_length = int(update.batch.prefix_mask[span].sum())
+        demonstrated = (each for each in row.segments if each.source == "demonstration")
+        prefix_length = sum(len(each.token_ids) for each in demonstrated)
         selected = (update.batch.prefix_mask & update.batch.loss_mask)[span].tolist()
         entropy = update.entropy[span].tolist()
         advantage = row.segments[-1].advantage

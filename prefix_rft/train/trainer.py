@@ -39,6 +39,7 @@ from prefix_rft.reward import Rewarder
 from prefix_rft.rollout import RolloutEngine
 from prefix_rft.train.checkpoint import CheckpointWriter, TrainerState, load_checkpoint
 from prefix_rft.train.interrupt import Interrupt
+from prefix_rft.train.mismatch import mismatched_rows, without_rows
 from prefix_rft.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from prefix_rft.train.packing import dummy_batch, pack, plan_micro_batches, take_rows, token_index
 from prefix_rft.train.reference import Reference
@@ -104,13 +105,15 @@ class Trainer:
         with step_metrics.phase("step"):
             groups = self.rollouts(step_metrics, interrupt)
             mini_batches = self.method.mini_batches(groups, self.step_index)
-            batches = [self.pack(mini_batch, step_metrics) for mini_batch in mini_batches]
+            packed = [(each, self.pack(each, step_metrics)) for each in mini_batches]
             for name, config in self.optimizer_configs.items():
                 lr = learning_rate(self.step_index, config, self.config.trainer.num_steps)
                 set_learning_rate(self.optimizers[name], lr)
                 step_metrics.add("optim/lr" if name == POLICY else f"optim/{name}_lr", lr)
             updates: list[Update] = []
-            for mini_batch, batch in zip(mini_batches, batches, strict=True):
+            for mini_batch, batch in packed:
+                if batch is None:
+                    continue
                 has_moved = bool(updates)
                 updates.append(self.update(mini_batch, batch, step_metrics, has_moved=has_moved))
             self.step_index += 1
@@ -165,15 +168,32 @@ class Trainer:
             self.problems, self.step_index, self.policy, step_metrics, interrupt
         )
 
-    def pack(self, mini_batch: MiniBatch, step_metrics: StepMetrics) -> TrainBatch:
+    def pack(self, mini_batch: MiniBatch, step_metrics: StepMetrics) -> TrainBatch | None:
         """The rows in tensors, with the log-probs that the loss compares those of the update with:
-        of the reference, and of the policy before, where it moves within the step.
+        of the policy before, where it moves within the step, and of the reference.
 
+        Returns:
+            the batch; rows too far from the engine are not in its loss. None: none is left.
         Raises:
             LogProbGapError: the engine sampled from something else; nothing was updated.
         """
         batch = pack(mini_batch.rows, device=self.policy.device, dtype=self.policy.stats_dtype)
         loss, rows = self.method.loss(mini_batch), range(len(batch.lengths))
+        limit = self.config.rollout.max_sequence_mismatch if mini_batch.num_sampled else None
+        keeps_old = self.updates_per_step > 1 and takes(loss, "old_log_probs")
+        if keeps_old or limit is not None:
+            with step_metrics.phase("old_policy"):
+                log_probs, _ = self.token_stats(batch, rows)
+            check_gap(log_prob_gap(batch, log_probs), self.config.rollout.max_log_prob_gap)
+            if keeps_old:
+                batch = replace(batch, old_log_probs=log_probs)
+            if limit is not None:
+                level = self.config.rollout.mismatch_level
+                out = mismatched_rows(batch, log_probs, limit=limit, level=level)
+                step_metrics.mean("rollout/mismatched_frac", out.sum(), mini_batch.num_sampled)
+                batch = without_rows(batch, out)
+                if not batch.response_mask.any():
+                    return None
         if self.reference is not None and takes(loss, "ref_log_probs"):
             temperature = loss.temperature if isinstance(loss, TokenLoss) else None
             with step_metrics.phase("reference"), self.reference.at_work() as reference:
@@ -181,12 +201,7 @@ class Trainer:
                     batch, rows, policy=reference, temperature=temperature
                 )
             batch = replace(batch, ref_log_probs=log_probs)
-        if self.updates_per_step == 1 or not takes(loss, "old_log_probs"):
-            return batch
-        with step_metrics.phase("old_policy"):
-            log_probs, _ = self.token_stats(batch, rows)
-        check_gap(log_prob_gap(batch, log_probs), self.config.rollout.max_log_prob_gap)
-        return replace(batch, old_log_probs=log_probs)
+        return batch
 
     def update(
         self,

@@ -1,6 +1,7 @@
 """The KL to a reference: where it stands, what it adds to an update, and how it moves."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import Config, config_from_dict
 from prefix_rft.config.sections import ShardingConfig
+from prefix_rft.data_types import Group, MiniBatch, Problem, RolloutRequest, TrainRow
+from prefix_rft.methods import METHODS, Method, TokenLoss
 from prefix_rft.metrics.step_metrics import StepMetrics
 from prefix_rft.model.distributed import World
 from prefix_rft.model.loading import load_model
@@ -19,6 +22,7 @@ from prefix_rft.train.interrupt import Interrupt
 from prefix_rft.train.packing import pack
 from prefix_rft.train.run import Setup, train
 from prefix_rft.train.trainer import Trainer
+from tests.methods.twin import View
 from tests.model.test_distributed import (
     final_weights,
     output_of,
@@ -295,3 +299,56 @@ def test_two_ranks_resume_in_the_middle_of_a_period(tmp_path: Path) -> None:
     output_of(train_on_ranks(whole, tmp_path))
     ours, theirs = final_weights(config), final_weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class Distance(Method):
+    """Squared distances to the reference, of the distributions at another temperature."""
+
+    name = "distance"
+    uses_reference = True
+
+    def plan_group(self, problem: Problem, step: int) -> list[RolloutRequest]:
+        return [RolloutRequest(prompt_ids=problem.prompt_ids, max_new_tokens=12)] * 2
+
+    def mini_batches(self, groups: Sequence[Group], step: int) -> list[MiniBatch]:
+        rows = [
+            TrainRow.of_rollout(rollout, advantage=0.0, prefix_advantage=0.0)
+            for group in groups
+            for rollout in group.rollouts
+        ]
+        return [MiniBatch(rows=rows, normalizer=10.0)]
+
+    def loss(self, mini_batch: MiniBatch) -> TokenLoss:
+        def function(log_probs, entropy, ref_log_probs):
+            return (log_probs - ref_log_probs) ** 2, {"kl_sum": log_probs - ref_log_probs}
+
+        return TokenLoss(function, inputs=("ref_log_probs",), temperature=2.0)
+
+
+def test_a_loss_of_ones_own_takes_the_reference_at_its_temperature() -> None:
+    METHODS["distance"] = Distance
+    values = CONFIG | {"method": {"name": "distance"}, "optimizer": CONFIG["optimizer"] | EXACT}
+    try:
+        trainer = make_trainer(values)
+        trainer.reference.policy.model.load_state_dict(make_model(VOCAB_SIZE, seed=1).state_dict())
+        Distance.uses_reference = False
+        without = make_trainer(values)
+    finally:
+        Distance.uses_reference = True
+        del METHODS["distance"]
+    model = copy.deepcopy(trainer.policy.model)
+    ours, theirs = View(model, 2.0), View(trainer.reference.policy.model, 2.0)
+    differences = torch.cat(
+        [
+            ours.rollout(rollout)[0] - theirs.rollout(rollout)[0].detach()
+            for group in trainer.rollouts(StepMetrics(), Interrupt())
+            for rollout in group.rollouts
+        ]
+    )
+    (differences.square().sum() / 10.0).backward()
+    apply_update(trainer.config, model, {}, 1)
+    metrics, _ = trainer.train_step(Interrupt())
+    assert largest_difference(trainer.policy.model, model) < 1e-9
+    assert metrics["policy/ref_kl_mean"] == pytest.approx(differences.mean().item(), abs=1e-9)
+    with pytest.raises(ValueError, match="uses_reference"):
+        without.train_step(Interrupt())

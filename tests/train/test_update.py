@@ -31,7 +31,14 @@ CONFIG = {
 
 
 def straight_line_update(
-    config: Config, model, groups, *, old_log_probs=None, entropy_coef=0.0, reference=None
+    config: Config,
+    model,
+    groups,
+    *,
+    old_log_probs=None,
+    entropy_coef=0.0,
+    reference=None,
+    left_out=(),
 ):
     """Loss, number of kept prefix tokens, number of prefix tokens: full softmaxes, row by row.
 
@@ -42,6 +49,8 @@ def straight_line_update(
     for group in groups:
         rewards = [rollout.reward for rollout in group.rollouts]
         for rollout in group.rollouts:
+            if rollout in left_out:
+                continue
             if len(set(rewards)) > 1:
                 rows.append((rollout, rollout.reward - sum(rewards) / len(rewards)))
             elif entropy_coef or reference is not None:
