@@ -41,6 +41,7 @@ from rft_kernels.objective.triton_backend import (
     store_sums,
     take_tokens,
 )
+from rft_kernels.rows import Slopes
 from rft_kernels.rows.launch import row_launch
 from rft_kernels.rows.online import LOG2_E, join_lanes, start_lanes, take_tile
 from rft_kernels.rows.triton_backend import _grad, _tile, row_grad, row_stats
@@ -299,11 +300,12 @@ def one_launch(logits: Tensor, batch: Batch, *, launch: Launch) -> tuple[Tensor,
 def three_launches(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """The kernels that `prefix_rft_loss` launches, without what surrounds them."""
     logits = logits.detach()
-    log_probs, entropy, saved = row_stats(logits, batch.targets, batch.response_mask, 1.0, None, 0)
+    found = row_stats(logits, batch.targets, batch.response_mask, 1.0, None, 0)
+    log_probs, entropy, saved = found.log_probs, found.entropy, found.saved
     tokens = Tokens(batch.advantages, batch.response_mask, batch.old_log_probs, batch.prefix_mask)
     sums, dlog_probs, _ = objective_fwd(log_probs, entropy, tokens, DEFAULT_CONFIG.terms, None)
     dlogits = torch.empty_like(logits)
-    row_grad(dlogits, logits, batch.targets, 1.0, None, entropy, saved, dlog_probs, None, 0)
+    row_grad(dlogits, logits, batch.targets, 1.0, None, entropy, saved, Slopes(dlog_probs), 0)
     return sums[0], dlogits
 
 

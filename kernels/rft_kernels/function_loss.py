@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _check
 from .objective import FunctionLoss, LossFn, attach_gradient, check_function
 from .results import PolicyLoss
-from .rows import token_stats
+from .rows import token_stats_with_lse
 
 
 def token_loss(
@@ -25,9 +25,10 @@ def token_loss(
     vocab_size: int | None = None,
     inplace_backward: bool = False,
     backend: str = "auto",
+    with_lse: bool = False,
     check: bool = False,
 ) -> PolicyLoss:
-    """Any loss of a token that is a function of its log-probability and entropy.
+    """Any loss of a token that is a function of its log-probability and entropy, and perhaps lse.
 
         log_probs, entropy = token_stats(logits, targets)
         loss = sum of loss_fn(log_probs, entropy, *tokens) over mask and has-target / normalizer
@@ -42,6 +43,8 @@ def token_loss(
         mask: [...] bool, the rows in the loss; whatever stands elsewhere has no part in it. None:
             all with a target.
         normalizer: above 0; a number or 0-dim tensor.
+        with_lse: the function is one of (log_probs, entropy, lse, *tokens), lse that of
+            `token_stats_with_lse`; for a z-loss.
         check: refuse a `loss_fn` by which a random half of the rows has other losses or derivatives
             alone than among the others (a mean, a softmax over rows); waits for the device.
     Returns:
@@ -54,7 +57,7 @@ def token_loss(
     once; the backward reads and writes the rows with a gradient. Not under
     torch.compile(fullgraph=True), since an op cannot carry a function.
     """
-    found = token_stats(
+    found = token_stats_with_lse(
         logits,
         targets,
         softcap=softcap,
@@ -66,7 +69,7 @@ def token_loss(
     tokens, in_loss = check_function(loss_fn, tokens, mask, normalizer, found.entropy)
     valid = (targets != _check.NO_TARGET).reshape(-1)
     in_loss = valid if in_loss is None else in_loss & valid
-    loss = FunctionLoss(loss_fn, tokens, check=check)
+    loss = FunctionLoss(loss_fn, tokens, with_lse=with_lse, check=check)
     inputs = [x.view(-1) for x in found]
     held = [x.detach() for x in inputs]
     slopes = loss.take(slice(None), in_loss, *held)
@@ -74,4 +77,4 @@ def token_loss(
     chosen = [i for i, slope in enumerate(slopes) if slope is not None]
     gradient = ([part[i] for i in chosen] for part in (inputs, slopes))
     total = attach_gradient(total, normalizer, *gradient)
-    return PolicyLoss(total, *(x.detach() for x in found), None, metrics)
+    return PolicyLoss(total, *(x.detach() for x in found[:2]), None, metrics)

@@ -13,6 +13,14 @@ class TokenStats(NamedTuple):
     entropy: Tensor  # entropy of the whole distribution, nats
 
 
+class LseStats(NamedTuple):
+    """As `TokenStats`, and the logarithm of what the softmax divides by."""
+
+    log_probs: Tensor  # log-probability of the target, nats
+    entropy: Tensor  # entropy of the whole distribution, nats
+    lse: Tensor  # log sum_j e^(z_j), z the logits after softcap and temperature
+
+
 class PolicyLoss(NamedTuple):
     """The loss, and what it was computed from, detached."""
 

@@ -96,7 +96,7 @@ def test_imports_run_downwards_and_through_doors(module: str):
 def test_the_specification_shares_nothing_but_the_types_of_results():
     found = {pair for module in FILES if room(module) == REFERENCE for pair in targets(module)}
     shared = {pair for pair in found if room(pair[0]) != REFERENCE}
-    assert shared == {(f"{NAME}.results", "TokenStats"), (f"{NAME}.results", "PolicyLoss")}
+    assert shared == {(f"{NAME}.results", x) for x in ("TokenStats", "LseStats", "PolicyLoss")}
 
 
 def test_the_specification_has_the_defaults_of_the_package():
@@ -149,8 +149,12 @@ def test_public_names():
     assert all(hasattr(rft_kernels, name) for name in rft_kernels.__all__)
     assert {
         "token_stats",
+        "token_stats_with_lse",
+        "sum_squared_probs",
         "TokenStats",
+        "LseStats",
         "linear_token_stats",
+        "linear_token_stats_with_lse",
         "linear_token_loss",
         "token_loss",
         "select_top_entropy",

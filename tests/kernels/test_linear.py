@@ -12,6 +12,7 @@ from rft_kernels import (
 )
 from rft_kernels.linear import gemm, ops, passes, tiles
 from rft_kernels.objective import FunctionLoss, Tokens
+from rft_kernels.rows import Slopes
 
 from tests.kernels.kernel_cases import assert_as_exact, gradients, loss_inputs, seeded
 from tests.kernels.test_behaviour import SLACK_BYTES, compiled, peak_bytes
@@ -286,19 +287,19 @@ def test_passes_on_a_device_read_no_value(monkeypatch, dtype, num_active):
     )
     head = tiles.make_head(projection)
     rows = tiles.Rows(mask, mask, active, only_active=True)
-    log_probs, entropy, saved = passes.stats_pass(head, rows)
-    assert log_probs.shape == entropy.shape == floats.shape
+    found = passes.stats_pass(head, rows)
+    assert {x.shape for x in found[:3]} == {floats.shape}
     shapes = [(50, 20), (320, 16), (320, 4), (320,)]
-    given = passes.Saved(entropy, saved, floats, floats)
+    given = (passes.Saved(found.entropy, found.saved), Slopes(floats, floats, floats))
     for into, wanted in ((None, shapes), (empty(320, 16), [shapes[0], (0,), *shapes[2:]])):
-        found = passes.grad_pass(head, active, given, [True] * 4, into)
+        found = passes.grad_pass(head, active, *given, [True] * 4, into)
         assert [x.shape for x in found] == wanted
     tokens = Tokens(floats, mask, floats, mask, floats, floats)
     rows = rows._replace(only_active=False)
     found = ops.policy_of(head, rows, tokens, CONFIG.terms, [True] * 4)
     function = FunctionLoss(lambda log_probs, entropy, x: x * log_probs, (floats,), check=False)
     others = ops.function_of(head, rows, function, [True] * 4)
-    assert [x.shape for x in others] == [x.shape for x in found]
+    assert [x.shape for x in others] == [(50,), *(x.shape for x in found)]
     assert [x.shape for x in found] == [(50,), (50,), *shapes]
     assert {x.dtype for x in found} == {torch.float32}
 

@@ -39,13 +39,19 @@ def clipped(log_probs, entropy, advantages, old_log_probs):
     return losses, {"clipped": bounded != ratio}
 
 
+def z_loss(log_probs, entropy, lse, advantages):
+    return -advantages * log_probs + 0.01 * lse.square(), {"lse": lse}
+
+
 FUNCTIONS = {
     sft: (),
     luffy: ("advantages",),
     weight_of_entropy: ("advantages",),
     unsure: (),
     clipped: ("advantages", "old_log_probs"),
+    z_loss: ("advantages",),
 }
+WITH_LSE = {z_loss: {"with_lse": True}}
 EVERY = pytest.mark.parametrize("loss_fn", FUNCTIONS, ids=lambda f: f.__name__)
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -63,7 +69,8 @@ def case(loss_fn, extra: dict[str, Any] | None = None, *shape: int, **options: A
     chosen = {name: x for name, x in inputs.items() if name in kept}
     if "vocab_size" in chosen:
         chosen["targets"] = chosen["targets"].clamp(max=chosen["vocab_size"] - 1)
-    return chosen | {"loss_fn": loss_fn, "tokens": tokens, "mask": inputs["response_mask"]}
+    chosen |= {"loss_fn": loss_fn, "tokens": tokens, "mask": inputs["response_mask"]}
+    return chosen | WITH_LSE.get(loss_fn, {})
 
 
 def assert_equal(found, expected, grads, truth, atol: float = 1e-12) -> None:

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rft_kernels import _dispatch, reference, token_stats
+from rft_kernels.rows import Slopes, torch_backend
 from rft_kernels.rows import launch as launches
-from rft_kernels.rows import torch_backend
 from torch import Tensor
 
 from tests.kernels.kernel_cases import CASES, assert_as_exact, seeded
@@ -133,7 +133,7 @@ def test_what_is_not_a_number_is_not_hidden(column, softcap, small_tiles):
         backend.row_stats(logits, arange(13), valid, 1.0, softcap, 2**20)
         for backend in (triton_backend, torch_backend)
     )
-    for x, y in zip(found[:2], same[:2], strict=True):
+    for x, y in zip(found[:3], same[:3], strict=True):
         assert torch.equal(x.isnan(), y.isnan()) and x[3].isnan()
 
 
@@ -146,10 +146,9 @@ def test_row_without_any_class_has_no_statistics(small_tiles):
 def test_a_target_that_is_no_class_is_not_read(small_tiles):
     logits, targets = logits_case("normal", 4).float(), torch.tensor([66, 67, -1, 2**40])
     valid = torch.ones(4, dtype=torch.bool, device=DEVICE)
-    log_probs, entropy, _ = triton_backend.row_stats(
-        logits, targets.to(DEVICE), valid, 1.0, None, 0
-    )
-    assert log_probs.isnan().tolist() == [False, True, True, True] and entropy.isfinite().all()
+    found = triton_backend.row_stats(logits, targets.to(DEVICE), valid, 1.0, None, 0)
+    assert found.log_probs.isnan().tolist() == [False, True, True, True]
+    assert found.entropy.isfinite().all() and found.lse.isfinite().all()
 
 
 @pytest.mark.parametrize("width", [1, TILE - 1, TILE, 67])
@@ -231,9 +230,10 @@ def test_offsets_past_32_bits(small_tiles):
     far.copy_(logits)
     ones = torch.ones(3, device=DEVICE)
     stats = [triton_backend.row_stats(x, targets, ones.bool(), 1.0, None, 0) for x in (far, logits)]
-    assert equal(*stats)
+    assert equal(*(x[:-1] for x in stats))
+    saved = (stats[0].entropy, stats[0].saved)
     for x in (far, logits):
-        triton_backend.row_grad(x, x, targets, 1.0, None, *stats[0][1:], ones, ones, 0)
+        triton_backend.row_grad(x, x, targets, 1.0, None, *saved, Slopes(ones, ones), 0)
     assert torch.equal(far, logits)
 
 
@@ -265,7 +265,8 @@ def test_everything_is_written(poisoned, small_tiles):
     for x in triton(logits, targets, scalars_for(targets), vocab_size=41):
         assert x.isfinite().all()
     valid = targets != -100
-    assert triton_backend.row_stats(logits, targets, valid, 1.0, None, 0)[2].isfinite().all()
+    found = triton_backend.row_stats(logits, targets, valid, 1.0, None, 0, squares=True)
+    assert all(x.isfinite().all() for x in found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -287,14 +288,17 @@ def test_gradients_in_float64(temperature, softcap, small_tiles):
     if isinstance(temperature, Tensor):
         temperature = temperature.double().to(DEVICE)
     arguments = (targets, valid, temperature, softcap, 0)
-    stats, entropy, saved = triton_backend.row_stats(logits, *arguments)
+    stats = triton_backend.row_stats(logits, *arguments, squares=True)
     g, h = torch.where(valid, scalars_for(targets), 0)
+    c, q = torch.where(valid, scalars_for(targets, seed=4), 0)
+    slopes = Slopes(g, h, c - 2 * q * stats.squares, 2 * q)
     found = torch.empty_like(logits)
-    triton_backend.row_grad(found, logits, targets, temperature, softcap, entropy, saved, g, h, 0)
+    saved = (stats.entropy, stats.saved)
+    triton_backend.row_grad(found, logits, targets, temperature, softcap, *saved, slopes, 0)
 
     def total(x: Tensor) -> Tensor:
-        log_probs, entropy, _ = triton_backend.row_stats(x, *arguments)
-        return (g * log_probs).sum() + (h * entropy).sum()
+        log_probs, entropy, lse, _, squares = triton_backend.row_stats(x, *arguments, squares=True)
+        return (g * log_probs + h * entropy + c * lse + q * squares).sum()
 
     step = 1e-5
     for row, column in [(0, 0), (0, 5), (1, 3), (2, 34), (2, 37), (3, 2)]:
@@ -302,8 +306,11 @@ def test_gradients_in_float64(temperature, softcap, small_tiles):
         bump[row, column] = step
         slope = (total(logits + bump) - total(logits - bump)) / (2 * step)
         torch.testing.assert_close(found[row, column], slope, atol=1e-9, rtol=1e-7)
-    same = torch_backend.row_stats(logits, targets, valid, temperature, softcap, 2**20)
-    torch.testing.assert_close((stats, entropy), same[:2], atol=1e-12, rtol=1e-12)
+    same = torch_backend.row_stats(logits, targets, valid, temperature, softcap, 2**20, True)
+    for name in ("log_probs", "entropy", "lse", "squares"):
+        torch.testing.assert_close(
+            getattr(stats, name), getattr(same, name), atol=1e-12, rtol=1e-12
+        )
 
 
 def test_gradcheck(small_tiles):
@@ -329,10 +336,11 @@ def test_only_one_output_used(which, small_tiles):
 def test_custom_ops_are_registered_as_they_behave(small_tiles):
     logits, targets = logits_case("normal", 4, 6).requires_grad_(), arange(4)
     ops = torch.ops.rft_kernels
-    forward = (logits, targets, targets != 2, None, 0.7, 3.0, 5, False, "triton")
-    torch.library.opcheck(ops.token_stats, forward)
-    _, entropy, saved = ops.token_stats(*forward)
-    scalars = torch.where(targets != 2, scalars_for(targets), 0)
+    for squares in (False, True):
+        forward = (logits, targets, targets != 2, None, 0.7, 3.0, 5, False, squares, "triton")
+        torch.library.opcheck(ops.token_stats, forward)
+    _, entropy, _, saved, _ = ops.token_stats(*forward)
+    scalars = [torch.where(targets != 2, scalars_for(targets, i)[0], 0) for i in range(4)]
     saved_rows = (entropy.detach(), saved.detach(), *scalars)
     backward = (targets, None, 0.7, 3.0, 5, "triton", *saved_rows)
     torch.library.opcheck(ops.token_stats_bwd, (logits.detach(), *backward))

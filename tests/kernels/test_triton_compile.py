@@ -13,18 +13,22 @@ pytestmark = pytest.mark.slow
 # In a process of its own: this one may interpret its kernels, and those cannot be compiled.
 SCRIPT = """
 import json, sys, triton
+from itertools import product
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from rft_kernels.rows import launch, triton_backend
 
-def compiled(name, dtype, launch, softcap):
+def compiled(name, dtype, launch, softcap, more):
     kernel = getattr(triton_backend, name)
     stats = "fp64" if dtype == "fp64" else "fp32"
     constants = {
         "logits_col_stride": 1, "dlogits_col_stride": 1, "SOFTCAP": softcap, "DEPTH": launch.depth,
         "LANES": launch.lanes, "NUM_STAGES": launch.num_stages, "HAS_DLOG_PROBS": True,
-        "HAS_DENTROPY": True, "HAS_ROW_TEMPERATURE": True,
+        "HAS_DENTROPY": True, "HAS_ROW_TEMPERATURE": True, "HAS_SQUARES": more, "HAS_DLSE": more,
+        "HAS_SQUARED": more,
     }
+    if not more:
+        constants |= {"squares_ptr": None, "dlse_ptr": None, "squared_ptr": None}
     types = {
         "logits_ptr": "*" + dtype, "dlogits_ptr": "*" + dtype, "targets_ptr": "*i64",
         "valid_ptr": "*i1", "temperature": "fp32", "logits_row_stride": "i32",
@@ -45,10 +49,11 @@ def compiled(name, dtype, launch, softcap):
 report = []
 for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4), ("fp64", 8)):
     for softcap in (None, 30.0) if size > 2 else (None,):
-        for name in ("_row_stats_kernel", "_row_grad_kernel"):
-            asm = compiled(name, dtype, launch.TABLES[9][size][-1][1], softcap)
+        for name, more in product(("_row_stats_kernel", "_row_grad_kernel"), (False, True)):
+            asm = compiled(name, dtype, launch.TABLES[9][size][-1][1], softcap, more)
             report.append({
-                "kernel": name, "dtype": dtype, "binary": len(asm["cubin"]),
+                "kernel": name, "dtype": dtype, "softcap": softcap, "more": more,
+                "binary": len(asm["cubin"]),
                 "conversions": asm["ttgir"].count("convert_layout"),
                 "wide loads": asm["ptx"].count("cp.async.cg.shared.global"),
                 "wide stores": asm["ptx"].count("st.global.v4.b32"),
@@ -78,7 +83,7 @@ def report(tmp_path_factory) -> list[dict]:
 
 
 def test_every_kernel_compiles(report):
-    assert len(report) == 12 and all(found["binary"] > 0 for found in report)
+    assert len(report) == 24 and all(found["binary"] > 0 for found in report)
 
 
 def test_no_tile_changes_its_layout(report):
@@ -94,3 +99,12 @@ def test_memory_is_read_and_written_16_bytes_a_thread(report):
 
 def test_exponentials_are_one_instruction(report):
     assert all(found["exponentials"] > 0 for found in report if found["dtype"] != "fp64")
+
+
+def test_squares_and_lse_cost_no_exponential(report):
+    """The compiler shares those of the running sums, as the source counts on."""
+    pairs = {}
+    for found in report:
+        key = found["kernel"], found["dtype"], found["softcap"]
+        pairs.setdefault(key, []).append(found["exponentials"])
+    assert len(pairs) == 12 and all(len(set(pair)) == 1 for pair in pairs.values())

@@ -13,6 +13,7 @@ from rft_kernels import (
     linear_prefix_rft_loss,
     linear_token_loss,
     linear_token_stats,
+    linear_token_stats_with_lse,
     reference,
 )
 from torch import nn
@@ -118,6 +119,9 @@ def others(rank: int, mesh: Any, results: Any) -> None:
     dist.all_reduce = all_reduce
     results["crossed", rank] = crossed
 
+    inputs = own(case("softcap", selecting=True), [20, 13], rank)
+    results["lse", rank] = lse_of(inputs, **group)
+
     torch.manual_seed(0)
     head, (up, inner) = LMHead(8, 33, bias=False).double(), factors()
     head.weight = nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
@@ -151,6 +155,18 @@ def others(rank: int, mesh: Any, results: Any) -> None:
         except (TypeError, ValueError) as error:
             refused.append(str(error))
     results["refused", rank] = refused
+
+
+def lse_of(inputs: dict[str, Any], op: Any = linear_token_stats_with_lse, **options: Any) -> dict:
+    """As `outputs`, of the statistics with lse."""
+    leading = [inputs[name] for name in ("hidden", "lm_head_weight", "targets")]
+    options |= {name: inputs[name] for name in ("bias", "softcap", "temperature")}
+    found = torch.stack(tuple(op(*leading, **options)))
+    scalars = torch.randn(found.shape, generator=seeded(7), dtype=torch.float64)
+    total = (found * scalars).sum()
+    grads = torch.autograd.grad(total, [inputs[name] for name in ("hidden", *SHARDED)])
+    grads = dict(zip(("hidden", *SHARDED), grads, strict=True))
+    return {"loss": total.detach(), "stats": found.detach(), "grads": grads}
 
 
 def head_of(inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -198,6 +214,11 @@ def test_a_function_sees_the_same_on_two_ranks(results, loss_fn, form):
     grads = {k: inputs[k].grad for k in ("hidden", *SHARDED)}
     truth = {"loss": expected.loss.detach(), "stats": expected[1:4], "grads": grads}
     assert_equal(*(results[loss_fn.__name__, form, rank] for rank in (0, 1)), truth)
+
+
+def test_lse_over_ranks(results):
+    truth = lse_of(case("softcap", selecting=True), reference.linear_token_stats_with_lse)
+    assert_equal(results["lse", 0], results["lse", 1], truth)
 
 
 def assert_equal(first: dict, second: dict, expected: dict) -> None:

@@ -1,5 +1,7 @@
 """The arguments that the ops from hidden states share: checked and flattened."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +10,8 @@ from torch.distributed import ProcessGroup
 
 from .. import _check, _dispatch
 from ..rows import check_rows
-from .tiles import Projection
+from . import ops
+from .tiles import Projection, make_head
 
 
 def check_inputs(
@@ -66,6 +69,15 @@ def check_inputs(
         backend=_dispatch.resolve(backend, hidden.device),
     )
     return projection, valid.reshape(-1), shard
+
+
+def served_by(shard: Any) -> tuple[Callable, Callable, Callable]:
+    """Statistics, a policy's loss and a head: of one rank, or over those that share the classes."""
+    if shard is None:
+        return ops.token_stats, ops.policy, make_head
+    from . import vocab_parallel as over
+
+    return tuple(partial(f, shard) for f in (over.token_stats, over.policy, over.make_sharded_head))
 
 
 def _own_shard(

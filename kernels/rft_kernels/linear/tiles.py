@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..results import stats_dtype
-from ..rows import at, default_scratch, new_stats, row_backend, row_bytes
+from ..rows import RowStats, Slopes, at, default_scratch, new_stats, row_backend, row_bytes
 from . import gemm
 
 # Enough rows that reading and writing dW once a tile is small beside the tile's GEMMs.
@@ -117,11 +117,11 @@ class Head:
             classes = slice(start, start + size)
             yield classes, self.weight[classes].to(dtype)
 
-    def new_stats(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Zeros for log_probs [T], entropy [T] and what the backend saves [T, k]."""
-        return new_stats(self.hidden, len(self.hidden), self.backend)
+    def new_stats(self) -> RowStats:
+        """Zeros."""
+        return new_stats(self.hidden, len(self.hidden), row_backend(self.backend).NUM_SAVED)
 
-    def stats(self, tile: Tensor, logits: Tensor, valid: Tensor, out: tuple[Tensor, ...]) -> None:
+    def stats(self, tile: Tensor, logits: Tensor, valid: Tensor, out: RowStats) -> None:
         """Writes the statistics of a tile into those of all rows."""
         found = row_backend(self.backend).row_stats(
             logits,
@@ -131,14 +131,12 @@ class Head:
             self.softcap,
             self.scratch_bytes,
         )
-        for into, part in zip(out, found, strict=True):
-            into[tile] = part
+        write_rows(out, tile, found)
 
-    def grad(self, tile: Tensor, logits: Tensor, *rows: Tensor | None) -> Tensor:
-        """The gradient by logits, over them if in their dtype.
-
-        rows: entropy, saved, dlog_probs, dentropy of the tile.
-        """
+    def grad(
+        self, tile: Tensor, logits: Tensor, entropy: Tensor, saved: Tensor, slopes: Slopes
+    ) -> Tensor:
+        """The gradient by logits, over them if in their dtype; all but the head is of the tile."""
         _, dtype = self.operand_dtypes
         out = logits if logits.dtype == dtype else self._new_rows(len(logits), dtype)
         row_backend(self.backend).row_grad(
@@ -147,13 +145,21 @@ class Head:
             self.targets[tile],
             at(self.temperature, tile),
             self.softcap,
-            *rows,
+            entropy,
+            saved,
+            slopes,
             self.scratch_bytes,
         )
         return out
 
     def all_reduce(self, dhidden: Tensor) -> None:
         """Called with the whole gradient of the hidden states."""
+
+
+def write_rows(out: RowStats, tile: Tensor, found: RowStats) -> None:
+    """Writes the statistics of a tile, none of squares, into those of all rows."""
+    for into, part in zip(out[:-1], found[:-1], strict=True):
+        into[tile] = part
 
 
 def row_stride(num_classes: int, device: torch.device) -> int:

@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from .._bundle import flatten
-from ..rows import at, row_backend
+from ..rows import RowStats, Slopes, at, new_stats, row_backend
 from . import ops
 from .passes import grad_pass, stats_pass
-from .tiles import Head, Projection, make_head
+from .tiles import Head, Projection, make_head, write_rows
 
 _LOWEST_SHIFT = -1e4  # e^x is 0 long before, in float64 too, so that 0 * log 0 is 0
 
@@ -37,11 +37,10 @@ class ShardedHead(Head):
 
     shard: Shard
 
-    def new_stats(self) -> tuple[Tensor, Tensor, Tensor]:
-        log_probs = self.hidden.new_zeros(len(self.hidden), dtype=self.dtype)
-        return log_probs, torch.zeros_like(log_probs), log_probs.new_zeros(len(log_probs), 2)
+    def new_stats(self) -> RowStats:
+        return new_stats(self.hidden, len(self.hidden), 2)
 
-    def stats(self, tile: Tensor, logits: Tensor, valid: Tensor, out: tuple[Tensor, ...]) -> None:
+    def stats(self, tile: Tensor, logits: Tensor, valid: Tensor, out: RowStats) -> None:
         t, marked = at(self.temperature, tile), valid[tile]
         own_maximum, own_log_total, own_entropy = self._own_stats(tile, logits, marked)
         maximum = own_maximum.clone()
@@ -54,9 +53,10 @@ class ShardedHead(Head):
         total, weighted, at_target = sums.unbind()
         log_total = total.log()
         entropy = (log_total - weighted / total).clamp(min=0)
-        found = (at_target - log_total, entropy, torch.stack([maximum, total], -1))
-        for into, part in zip(out, found, strict=True):
-            into[tile] = torch.where(marked if part.dim() == 1 else marked[:, None], part, 0)
+        saved = torch.stack([maximum, total], -1)
+        found = (at_target - log_total, entropy, maximum / t + log_total, saved)
+        found = (torch.where(marked if x.dim() == 1 else marked[:, None], x, 0) for x in found)
+        write_rows(out, tile, RowStats(*found))
 
     def _own_stats(self, tile: Tensor, logits: Tensor, marked: Tensor) -> tuple[Tensor, ...]:
         """Of this rank's classes: the largest logit, log sum e^(z - largest), and the entropy."""
@@ -64,14 +64,14 @@ class ShardedHead(Head):
             nothing = logits.new_zeros(len(tile))
             return nothing - torch.inf, nothing, nothing
         largest, column = logits.max(-1)
-        minus_log_total, entropy, _ = row_backend(self.backend).row_stats(
+        found = row_backend(self.backend).row_stats(
             logits, column, marked, at(self.temperature, tile), self.softcap, self.scratch_bytes
         )
         some = largest > -torch.inf
         return (
             self._capped(largest),
-            torch.where(some, -minus_log_total, 0),
-            torch.where(some, entropy, 0),
+            torch.where(some, -found.log_probs, 0),
+            torch.where(some, found.entropy, 0),
         )
 
     def _at_target(self, tile: Tensor, logits: Tensor, maximum: Tensor) -> Tensor:
@@ -86,8 +86,10 @@ class ShardedHead(Head):
     def _capped(self, x: Tensor) -> Tensor:
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
-    def grad(self, tile: Tensor, logits: Tensor, *rows: Tensor | None) -> Tensor:
-        return super().grad(tile, logits, *rows) if logits.shape[1] else logits
+    def grad(
+        self, tile: Tensor, logits: Tensor, entropy: Tensor, saved: Tensor, slopes: Slopes
+    ) -> Tensor:
+        return super().grad(tile, logits, entropy, saved, slopes) if logits.shape[1] else logits
 
     def all_reduce(self, dhidden: Tensor) -> None:
         dist.all_reduce(dhidden, group=self.shard.group)
@@ -108,7 +110,7 @@ class _TokenStats(torch.autograd.Function):
     def forward(*arguments):
         *flat, shard = arguments
         projection, rows, _ = ops.token_stats.bundle(flat)
-        return stats_pass(make_sharded_head(shard, projection), rows)
+        return stats_pass(make_sharded_head(shard, projection), rows)[:-1]
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -123,7 +125,7 @@ class _TokenStats(torch.autograd.Function):
         return *ops.backward(ctx, *doutputs, gradient=gradient), None
 
 
-def token_stats(shard: Shard, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+def token_stats(shard: Shard, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`ops.token_stats` over ranks."""
     return _TokenStats.apply(*flatten(arguments), shard)
 

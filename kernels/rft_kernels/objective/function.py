@@ -1,4 +1,4 @@
-"""A loss of the caller's: any function of a row's log-probability and entropy, by autograd.
+"""A loss of the caller's: any function of a row's log-probability, entropy and lse, by autograd.
 
 T tokens, n rows of a tile. The function sees [n] vectors, and so does autograd.
 """
@@ -15,16 +15,21 @@ _OWN_METRICS = ("num_tokens", "entropy_sum")
 
 
 class FunctionLoss:
-    """The sum of `loss_fn(log_probs, entropy, *tokens)` over rows, taken a tile at a time."""
+    """The sum of `loss_fn` over rows, of (log_probs, entropy, *tokens), taken a tile at a time.
+
+    with_lse: it is of (log_probs, entropy, lse, *tokens).
+    """
 
     def __init__(
         self,
         loss_fn: LossFn,
         tokens: tuple[Tensor, ...],  # [T] each
         *,
+        with_lse: bool = False,
         check: bool,
     ) -> None:
         self._loss_fn, self._tokens = loss_fn, tokens
+        self._num_stats = 3 if with_lse else 2
         self._generator = torch.Generator().manual_seed(0) if check else None
         self._sums: dict[str, Tensor] = {}
 
@@ -34,9 +39,11 @@ class FunctionLoss:
         inside: Tensor,  # [n] which of them are in the loss
         log_probs: Tensor,  # [n]
         entropy: Tensor,  # [n]
+        lse: Tensor,  # [n]
     ) -> list[Tensor | None]:
-        """Adds these rows; the two derivatives [n] of their losses, or None if it is 0 for any."""
-        arguments = (log_probs, entropy, *(x[rows] for x in self._tokens))
+        """Adds these rows; the derivatives [n] of their losses, or None if it is 0 for any."""
+        stats = (log_probs, entropy, lse)[: self._num_stats]
+        arguments = (*stats, *(x[rows] for x in self._tokens))
         losses, metrics, *slopes = self._evaluate(*arguments)
         if self._generator is not None:
             self._check_rows([x[inside] for x in arguments])
@@ -49,15 +56,14 @@ class FunctionLoss:
     def finish(self, like: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum, and those of the metrics: 0-dim, in the dtype of `like`."""
         if not self._sums:  # a function that saw no row still has to name its metrics
-            self.take(slice(0), like[:0] != 0, like[:0], like[:0])
+            self.take(slice(0), like[:0] != 0, *[like[:0]] * 3)
         return self._sums["loss"], {k: x for k, x in self._sums.items() if k != "loss"}
 
-    def _evaluate(
-        self, log_probs: Tensor, entropy: Tensor, *tokens: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor | None]:
-        """Losses [n], metrics, and the two derivatives of each row's loss."""
+    def _evaluate(self, *arguments: Tensor) -> tuple:
+        """Losses [n], metrics, and the derivatives of each row's loss by its statistics."""
+        log_probs, tokens = arguments[0], arguments[self._num_stats :]
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (log_probs, entropy)]
+            inputs = [x.detach().requires_grad_() for x in arguments[: self._num_stats]]
             result = self._loss_fn(*inputs, *tokens)
             losses, metrics = result if isinstance(result, tuple) else (result, {})
             _check.tensor("loss_fn's result", losses, shape=log_probs.shape, like=log_probs)
@@ -66,7 +72,7 @@ class FunctionLoss:
                 _check.tensor(f"metric {name!r} of loss_fn", value, dtypes=(), shape=shape)
                 if name in ("loss", *_OWN_METRICS):
                     raise ValueError(f"loss_fn must not return a metric named {name!r}")
-            slopes = (None, None)
+            slopes = [None] * len(inputs)
             if losses.requires_grad:
                 slopes = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
         return losses.detach(), metrics, *slopes

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..results import PolicyLoss, TokenStats
+from ..results import LseStats, PolicyLoss, TokenStats
 from .policy_loss import prefix_rft_loss
-from .token_stats import token_stats
+from .token_stats import token_stats_with_lse
 
 
 def logits_of(
@@ -17,7 +17,12 @@ def logits_of(
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def linear_token_stats(
+def linear_token_stats(hidden: Tensor, *arguments: Tensor, **options: Any) -> TokenStats:
+    """`token_stats` of hidden @ lm_head_weight.T + bias; `options` are those of `token_stats`."""
+    return TokenStats(*linear_token_stats_with_lse(hidden, *arguments, **options)[:2])
+
+
+def linear_token_stats_with_lse(
     hidden: Tensor,
     lm_head_weight: Tensor,
     targets: Tensor,
@@ -26,9 +31,9 @@ def linear_token_stats(
     softcap: float | None = None,
     workspace_bytes: int = 2**30,
     **options: Any,
-) -> TokenStats:
-    """`token_stats` of hidden @ lm_head_weight.T + bias; `options` are those of `token_stats`."""
-    return token_stats(logits_of(hidden, lm_head_weight, bias, softcap), targets, **options)
+) -> LseStats:
+    logits = logits_of(hidden, lm_head_weight, bias, softcap)
+    return token_stats_with_lse(logits, targets, **options)
 
 
 def linear_prefix_rft_loss(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..results import PolicyLoss
 from .linear import logits_of
-from .token_stats import token_stats
+from .token_stats import token_stats_with_lse
 
 
 def token_loss(
@@ -19,21 +19,23 @@ def token_loss(
     tokens: tuple[Tensor, ...] = (),
     mask: Tensor | None = None,
     normalizer: float | Tensor,
+    with_lse: bool = False,
     **options: Any,
 ) -> PolicyLoss:
     """The losses of the rows in the loss, gathered; `options` are those of `token_stats`."""
-    found = token_stats(logits, targets, **options)
+    found = token_stats_with_lse(logits, targets, **options)
     inside = targets != -100
     if mask is not None:
         inside = inside & mask
-    result = loss_fn(*(x[inside] for x in (*found, *tokens)))
+    stats = found if with_lse else found[:2]
+    result = loss_fn(*(x[inside] for x in (*stats, *tokens)))
     losses, metrics = result if isinstance(result, tuple) else (result, {})
     metrics = metrics | {
         "num_tokens": torch.ones_like(losses),
         "entropy_sum": found.entropy[inside],
     }
     sums = {name: value.detach().to(losses.dtype).sum() for name, value in metrics.items()}
-    log_probs, entropy = (x.detach() for x in found)
+    log_probs, entropy = (x.detach() for x in found[:2])
     return PolicyLoss(losses.sum() / normalizer, log_probs, entropy, None, sums)
 
 

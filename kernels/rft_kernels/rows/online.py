@@ -58,6 +58,21 @@ def join_lanes(m, s, w, scale):
 
 
 @triton.jit
+def take_squares(q, m, new_m, x, scale):
+    """q = sum e^(2 (x - m)), [LANES], after `take_tile` of x, which took m to `new_m`."""
+    keep = tl.exp2(exponent(m, new_m, scale))
+    p = tl.exp2(exponent(x, new_m[None, :], scale))  # as in `take_tile`, which computes it once
+    return keep * keep * q + tl.sum(p * p, 0)
+
+
+@triton.jit
+def join_squares(q, m, maximum, scale):
+    """q of all lanes together."""
+    keep = tl.exp2(exponent(m, maximum, scale))
+    return tl.sum(keep * keep * q, 0)
+
+
+@triton.jit
 def soft_cap(x, CAP: tl.constexpr):
     """CAP tanh(x / CAP) and its slope by x."""
     # tanh of more than 20 is 1, in float64 too.

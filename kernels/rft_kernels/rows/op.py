@@ -1,4 +1,4 @@
-"""Log-probability of the target and entropy of every row of logits, and their gradient (E1, E2).
+"""Statistics of every row of logits, and their gradient (E1, E2).
 
 T rows, V classes. Reads T V elements forward; backward reads and writes the rows whose incoming
 gradients are not both zero.
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import _check, _dispatch
 from .._bundle import bundled_op
-from ..results import TokenStats
+from ..results import LseStats, TokenStats
 from .backends import new_stats, row_backend
+from .scalars import Slopes
 from .torch_backend import default_scratch
 
 
@@ -43,23 +44,29 @@ def _token_stats_fwd(
     softcap: float | None,
     vocab_size: int,
     inplace_backward: bool,
+    squares: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`RowStats`; no squares unless asked for."""
     parts = [matrix[:, :vocab_size] for matrix in matrices(logits)]
     t = temperature if row_temperature is None else row_temperature
     per_row = row_slices(t, targets, valid, sizes=[len(part) for part in parts])
     row_stats = row_backend(backend).row_stats
     scratch = default_scratch(logits.device)
     stats = [
-        row_stats(part, targets, valid, t, softcap, scratch)
+        row_stats(part, targets, valid, t, softcap, scratch, squares)
         for part, (t, targets, valid) in zip(parts, per_row, strict=True)
     ]
-    return stats[0] if len(stats) == 1 else tuple(map(torch.cat, zip(*stats, strict=True)))
+    if not squares:
+        stats = [x._replace(squares=x.lse.new_empty(0)) for x in stats]
+    return tuple(stats[0] if len(stats) == 1 else map(torch.cat, zip(*stats, strict=True)))
 
 
 @_token_stats_fwd.register_fake
 def _(logits, targets, *options):
-    return new_stats(logits, len(targets), options[-1])
+    *_, squares, backend = options
+    *found, _ = new_stats(logits, len(targets), row_backend(backend).NUM_SAVED)
+    return *found, found[0].new_empty(len(targets) if squares else 0)
 
 
 def _write_grad(
@@ -72,8 +79,9 @@ def _write_grad(
     per_row = row_slices(t, targets, *rows, sizes=[len(part) for part in parts])
     row_grad = row_backend(backend).row_grad
     scratch = default_scratch(logits.device)
-    for part, into, (t, targets, *rest) in zip(parts, outs, per_row, strict=True):
-        row_grad(into[:, :vocab_size], part[:, :vocab_size], targets, t, softcap, *rest, scratch)
+    for part, into, (t, targets, entropy, saved, *rest) in zip(parts, outs, per_row, strict=True):
+        part, written = part[:, :vocab_size], into[:, :vocab_size]
+        row_grad(written, part, targets, t, softcap, entropy, saved, Slopes(*rest), scratch)
         into[:, vocab_size:] = 0
 
 
@@ -88,12 +96,11 @@ def _token_stats_bwd(
     backend: str,
     entropy: Tensor,  # [T]
     saved: Tensor,  # [T, k]
-    dlog_probs: Tensor | None,  # [T]
-    dentropy: Tensor | None,  # [T]
+    slopes: Slopes,
 ) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     options = (row_temperature, temperature, softcap, vocab_size, backend)
-    _write_grad(out, logits, targets, *options, entropy, saved, dlog_probs, dentropy)
+    _write_grad(out, logits, targets, *options, entropy, saved, *slopes)
     return out
 
 
@@ -113,11 +120,10 @@ def _token_stats_bwd_(
     backend: str,
     entropy: Tensor,
     saved: Tensor,
-    dlog_probs: Tensor | None,
-    dentropy: Tensor | None,
+    slopes: Slopes,
 ) -> None:
     options = (row_temperature, temperature, softcap, vocab_size, backend)
-    _write_grad(logits, logits, targets, *options, entropy, saved, dlog_probs, dentropy)
+    _write_grad(logits, logits, targets, *options, entropy, saved, *slopes)
 
 
 @_token_stats_bwd_.register_fake
@@ -127,23 +133,32 @@ def _(*_):
 
 def _setup_context(ctx, inputs, output) -> None:
     logits, targets, valid, row_temperature, *ctx.options = inputs
-    _, entropy, saved = output
+    _, entropy, _, saved, squares = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(saved)
-    ctx.save_for_backward(logits, targets, valid, row_temperature, entropy, saved)
+    ctx.save_for_backward(logits, targets, valid, row_temperature, entropy, saved, squares)
 
 
-def _backward(ctx, dlog_probs, dentropy, _):
-    logits, targets, valid, row_temperature, entropy, saved = ctx.saved_tensors
-    *options, inplace_backward, backend = ctx.options
-    if dlog_probs is None and dentropy is None:
-        return (None,) * 9
-    g, h = (None if d is None else torch.where(valid, d, 0) for d in (dlog_probs, dentropy))
-    arguments = (targets, row_temperature, *options, backend, entropy, saved, g, h)
+def _backward(ctx, dlog_probs, dentropy, dlse, _, dsquares):
+    logits, targets, valid, row_temperature, entropy, saved, squares = ctx.saved_tensors
+    *options, inplace_backward, asked_for_squares, backend = ctx.options
+    rest = (None,) * 9
+    if not asked_for_squares:
+        dsquares = None
+    slopes = Slopes(dlog_probs, dentropy, dlse)
+    if dsquares is not None:
+        of_p = -2 * squares * dsquares
+        slopes = Slopes(
+            dlog_probs, dentropy, of_p if dlse is None else dlse + of_p, squared=2 * dsquares
+        )
+    if all(slope is None for slope in slopes):
+        return None, *rest
+    slopes = Slopes(*(None if x is None else torch.where(valid, x, 0) for x in slopes))
+    arguments = (targets, row_temperature, *options, backend, entropy, saved, slopes)
     if inplace_backward:
         _token_stats_bwd_(logits, *arguments)
-        return (logits,) + (None,) * 8
-    return (_token_stats_bwd(logits, *arguments),) + (None,) * 8
+        return logits, *rest
+    return _token_stats_bwd(logits, *arguments), *rest
 
 
 _token_stats_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -186,6 +201,56 @@ def token_stats(
     Both outputs are differentiable once in `logits`. Deterministic. Reads every row once; the
     backward reads and writes the rows whose incoming gradients are not both zero.
     """
+    return TokenStats(
+        *_row_stats(
+            logits,
+            targets,
+            softcap=softcap,
+            temperature=temperature,
+            row_mask=row_mask,
+            vocab_size=vocab_size,
+            inplace_backward=inplace_backward,
+            backend=backend,
+        )[:2]
+    )
+
+
+def token_stats_with_lse(logits: Tensor, targets: Tensor, **options: Any) -> LseStats:
+    """`token_stats`, and lse = log sum_j e^(z_j); `options` are those of `token_stats`.
+
+    All three are differentiable, the lse for no more work: its gradient by z is p.
+    """
+    return LseStats(*_row_stats(logits, targets, **options)[:3])
+
+
+def sum_squared_probs(logits: Tensor, **options: Any) -> Tensor:
+    """sum_j p_j^2 of every row, [...], 0 where `row_mask` is False.
+
+    Args:
+        logits, options: those of `token_stats`.
+    Raises:
+        TypeError, ValueError: as `token_stats`.
+    Differentiable once in `logits`. Deterministic. Reads every row once; the backward reads and
+    writes the rows with a gradient.
+    """
+    targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    *_, squares = _row_stats(logits, targets, squares=True, **options)
+    return squares.clone()  # its own is saved for the backward
+
+
+def _row_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    row_mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+    squares: bool = False,
+) -> list[Tensor]:
+    """log_probs, entropy, lse and, if wanted, sums of squares: [...] each."""
     _check.tensor("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V at least 1, got {list(logits.shape)}")
@@ -202,7 +267,7 @@ def token_stats(
             f"{list(logits.stride())} of shape {list(logits.shape)}"
         )
     per_row = isinstance(temperature, Tensor)
-    log_probs, entropy, _ = _token_stats_fwd(
+    log_probs, entropy, lse, _, sum_of_squares = _token_stats_fwd(
         logits,
         targets.reshape(-1),
         valid.reshape(-1),
@@ -211,9 +276,11 @@ def token_stats(
         None if softcap is None else float(softcap),
         vocab_size,
         inplace_backward,
+        squares,
         _dispatch.resolve(backend, logits.device),
     )
-    return TokenStats(log_probs.view(shape), entropy.view(shape).clone())
+    found = [log_probs.view(shape), entropy.view(shape).clone(), lse.view(shape)]
+    return [*found, sum_of_squares.view(shape)] if squares else found
 
 
 def _may_repeat_memory(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..results import stats_dtype
+from .scalars import RowStats, Slopes
 
 # On a CPU what a last-level cache holds; on a device enough that launches do not count.
 _SCRATCH_BYTES = {"cpu": 2**24, "cuda": 2**28}
@@ -37,23 +38,33 @@ def row_stats(
     temperature: float | Tensor,  # or [T]
     softcap: float | None,
     scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of the target and entropy of each valid row, 0 elsewhere; nothing saved."""
+    squares: bool = False,
+) -> RowStats:
+    """The statistics of each valid row, 0 elsewhere; nothing saved."""
     num_rows, vocab_size = logits.shape
     dtype = stats_dtype(logits.dtype)
     log_probs = torch.zeros(num_rows, dtype=dtype, device=logits.device)
-    entropy = torch.zeros_like(log_probs)
+    entropy, lse = torch.zeros_like(log_probs), torch.zeros_like(log_probs)
+    sum_of_squares = torch.zeros_like(log_probs) if squares else None
     in_range = (targets >= 0) & (targets < vocab_size)
     index = torch.where(in_range, targets, 0).long()
     for rows in _blocks(valid, logits, scratch_bytes):
         z, _ = _scaled(logits[rows], at(temperature, rows), softcap, dtype)
-        z = z - z.amax(-1, keepdim=True)
+        maximum = z.amax(-1, keepdim=True)
+        z = z - maximum
         p = torch.softmax(z, -1)
-        lse = 0 - p.amax(-1).log()  # the largest p is e^0 over the sum; and 0 - 0 is not -0
-        log_probs[rows] = z.gather(-1, index[rows, None]).squeeze(-1) - lse
-        entropy[rows] = lse - p.mul_(z.clamp_(min=_LOWEST_LOG_P)).sum(-1)
-    log_probs = torch.where(valid, torch.where(in_range, log_probs, torch.nan), 0)
-    return log_probs, torch.where(valid, entropy, 0), log_probs.new_empty(num_rows, NUM_SAVED)
+        log_sum = 0 - p.amax(-1).log()  # the largest p is e^0 over the sum; and 0 - 0 is not -0
+        log_probs[rows] = z.gather(-1, index[rows, None]).squeeze(-1) - log_sum
+        lse[rows] = maximum.squeeze(-1) + log_sum
+        if sum_of_squares is not None:
+            sum_of_squares[rows] = p.square().sum(-1)
+        entropy[rows] = log_sum - p.mul_(z.clamp_(min=_LOWEST_LOG_P)).sum(-1)
+    log_probs = torch.where(in_range, log_probs, torch.nan)
+    log_probs, entropy, lse = (torch.where(valid, x, 0) for x in (log_probs, entropy, lse))
+    if sum_of_squares is not None:
+        sum_of_squares = torch.where(valid, sum_of_squares, 0)
+    saved = log_probs.new_empty(num_rows, NUM_SAVED)
+    return RowStats(log_probs, entropy, lse, saved, sum_of_squares)
 
 
 def row_grad(
@@ -64,27 +75,28 @@ def row_grad(
     softcap: float | None,
     entropy: Tensor,  # [T]
     saved: Tensor,  # [T, 0]; [T, 2] where the logits are a part of the row: its maximum and sum
-    dlog_probs: Tensor | None,  # [T]
-    dentropy: Tensor | None,  # [T]
+    slopes: Slopes,
     scratch_bytes: int,
 ) -> None:
-    """dz_j = g (1[j = y] - p_j) - h p_j (log p_j + H), through temperature and softcap."""
+    """dz_j = g (1[j = y] - p_j) - h p_j (log p_j + H) + l p_j + q p_j^2, and on to the logits."""
     dtype = stats_dtype(logits.dtype)
-    g = torch.zeros_like(entropy) if dlog_probs is None else dlog_probs
-    active = g != 0 if dentropy is None else (g != 0) | (dentropy != 0)
+    g, h, lse_slope, squared = slopes
+    g = torch.zeros_like(entropy) if g is None else g
+    of_p = g if lse_slope is None else g - lse_slope
+    active = slopes.active(entropy)
     here = (targets >= 0) & (targets < logits.shape[1])
     index, g_here = torch.where(here, targets, 0).long(), torch.where(here, g, 0)
     for rows in _blocks(active, logits, scratch_bytes):
         t = at(temperature, rows)
         z, slope = _scaled(logits[rows], t, softcap, dtype)
-        g_rows = (g[rows] / t)[:, None]
+        factor = (of_p[rows] / t)[:, None]
         dz = _softmax(z, saved[rows], t)
-        if dentropy is None:
-            dz.mul_(-g_rows)
-        else:
+        if h is not None:
             log_p = _softmax(z, saved[rows], t, log=True).clamp_(min=_LOWEST_LOG_P)
-            h_rows = (dentropy[rows] / t)[:, None]
-            dz.mul_(log_p.add_(entropy[rows, None]).mul_(h_rows).add_(g_rows)).neg_()
+            factor = log_p.add_(entropy[rows, None]).mul_((h[rows] / t)[:, None]).add_(factor)
+        if squared is not None:
+            factor = torch.addcmul(factor, dz, (squared[rows] / t)[:, None], value=-1)
+        dz.mul_(factor.neg_())
         dz.scatter_add_(-1, index[rows, None], (g_here[rows] / t)[:, None])
         if slope is not None:
             dz.mul_(slope)

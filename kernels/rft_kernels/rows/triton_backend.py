@@ -1,8 +1,8 @@
 """Triton: the two vocabulary-sized primitives, one program a row (E1, E2).
 
 T rows, V classes. `row_stats` reads each valid row once: T V elements. `row_grad` reads the rows
-whose two scalars are not both zero and writes every row once: a T V read, T V written, a their
-share. No temporaries, no atomics; a row's result depends on that row alone.
+whose scalars are not all zero and writes every row once: a T V read, T V written, a their share. No
+temporaries, no atomics; a row's result depends on that row alone.
 """
 
 import torch
@@ -12,7 +12,18 @@ from torch import Tensor
 
 from ..results import stats_dtype
 from .launch import row_launch
-from .online import LOG2_E, divide, exponent, join_lanes, soft_cap, start_lanes, take_tile
+from .online import (
+    LOG2_E,
+    divide,
+    exponent,
+    join_lanes,
+    join_squares,
+    soft_cap,
+    start_lanes,
+    take_squares,
+    take_tile,
+)
+from .scalars import RowStats, Slopes
 
 NUM_SAVED = 2  # a row's maximum, and its sum of e^(z - max)
 
@@ -45,26 +56,57 @@ def _store(ptr, col, stride, num_classes, x, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _grad(x, col, target, g, base, slope, maximum, scale, SOFTCAP: tl.constexpr):
-    """g at the target, minus e^(z - max) (base + slope (z - max) scale)."""
+def _grad(
+    x,
+    col,
+    target,
+    g,
+    base,
+    slope,
+    maximum,
+    scale,
+    SOFTCAP: tl.constexpr,
+    square=0.0,
+    HAS_SQUARED: tl.constexpr = False,
+):
+    """g at the target, minus e (base + slope (z - max) scale - square e), e = e^(z - max)."""
     if SOFTCAP is not None:
         x, cap_slope = soft_cap(x, SOFTCAP)
     power = exponent(x, maximum, scale)
-    dx = tl.where(col == target, g, 0.0) - tl.exp2(power) * (base + slope * power)
+    e = tl.exp2(power)
+    factor = base + slope * power
+    if HAS_SQUARED:
+        factor -= square * e
+    dx = tl.where(col == target, g, 0.0) - e * factor
     if SOFTCAP is not None:
         dx *= cap_slope
     return dx
 
 
 @triton.jit
-def _take(m, s, w, x, col, num_classes, scale, WHOLE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """`take_tile` of logits as they were loaded."""
+def _take(
+    m,
+    s,
+    w,
+    q,
+    x,
+    col,
+    num_classes,
+    scale,
+    WHOLE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SQUARES: tl.constexpr,
+):
+    """`take_tile` of logits as they were loaded, and if wanted `take_squares`."""
     x = x.to(m.dtype)
     if SOFTCAP is not None:
         x, _ = soft_cap(x, SOFTCAP)
         if not WHOLE:
             x = tl.where(col < num_classes, x, -float("inf"))
-    return take_tile(m, s, w, x, scale)
+    new_m, s, w = take_tile(m, s, w, x, scale)
+    if SQUARES:
+        q = take_squares(q, m, new_m, x, scale)
+    return new_m, s, w, q
 
 
 @triton.jit
@@ -76,11 +118,14 @@ def _row_stats_kernel(
     saved_ptr,  # [T, NUM_SAVED]
     log_probs_ptr,  # [T]
     entropy_ptr,  # [T]
+    lse_ptr,  # [T]
+    squares_ptr,  # [T]
     temperature,
     logits_row_stride,
     logits_col_stride,
     num_classes,
     HAS_ROW_TEMPERATURE: tl.constexpr,
+    HAS_SQUARES: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DEPTH: tl.constexpr,
     LANES: tl.constexpr,
@@ -96,14 +141,15 @@ def _row_stats_kernel(
             t = tl.load(temperature_ptr + row).to(dtype)
         scale = divide(LOG2_E, t, dtype)
         m, s, w = start_lanes(LANES, dtype)
+        q = s
         for start in tl.range(0, whole, DEPTH * LANES, num_stages=NUM_STAGES):
             col = _tile(start, DEPTH, LANES)
             x = _load(logits_ptr, col, logits_col_stride, num_classes, True)
-            m, s, w = _take(m, s, w, x, col, num_classes, scale, True, SOFTCAP)
+            m, s, w, q = _take(m, s, w, q, x, col, num_classes, scale, True, SOFTCAP, HAS_SQUARES)
         if whole < num_classes:
             col = _tile(whole, DEPTH, LANES)
             x = _load(logits_ptr, col, logits_col_stride, num_classes, False)
-            m, s, w = _take(m, s, w, x, col, num_classes, scale, False, SOFTCAP)
+            m, s, w, q = _take(m, s, w, q, x, col, num_classes, scale, False, SOFTCAP, HAS_SQUARES)
         maximum, total, weighted = join_lanes(m, s, w, scale)
         log_total = tl.log(total)
 
@@ -118,11 +164,18 @@ def _row_stats_kernel(
         # Neither term is negative, as far as the device's logarithm of 1 and a bit is not.
         entropy = tl.maximum(entropy, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(entropy_ptr + row, entropy)
+        tl.store(lse_ptr + row, divide(maximum, t, dtype) + log_total)
+        if HAS_SQUARES:
+            squares = divide(join_squares(q, m, maximum, scale), total * total, dtype)
+            tl.store(squares_ptr + row, squares)
         tl.store(saved_ptr + row * 2, maximum)
         tl.store(saved_ptr + row * 2 + 1, total)
     else:
         tl.store(log_probs_ptr + row, 0.0)
         tl.store(entropy_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+        if HAS_SQUARES:
+            tl.store(squares_ptr + row, 0.0)
         tl.store(saved_ptr + row * 2, 0.0)
         tl.store(saved_ptr + row * 2 + 1, 0.0)
 
@@ -136,6 +189,8 @@ def _row_grad_kernel(
     saved_ptr,  # [T, NUM_SAVED]
     dlog_probs_ptr,  # [T]
     dentropy_ptr,  # [T]
+    dlse_ptr,  # [T]
+    squared_ptr,  # [T]
     dlogits_ptr,  # [T, V], may be logits_ptr
     temperature,
     logits_row_stride,
@@ -146,6 +201,8 @@ def _row_grad_kernel(
     HAS_ROW_TEMPERATURE: tl.constexpr,
     HAS_DLOG_PROBS: tl.constexpr,
     HAS_DENTROPY: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    HAS_SQUARED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DEPTH: tl.constexpr,
     LANES: tl.constexpr,
@@ -158,11 +215,17 @@ def _row_grad_kernel(
     dlogits_ptr += row * dlogits_row_stride
     g = tl.zeros([], dtype)
     h = tl.zeros([], dtype)
+    of_lse = tl.zeros([], dtype)
+    square = tl.zeros([], dtype)
     if HAS_DLOG_PROBS:
         g = tl.load(dlog_probs_ptr + row).to(dtype)
     if HAS_DENTROPY:
         h = tl.load(dentropy_ptr + row).to(dtype)
-    if (g != 0) | (h != 0):
+    if HAS_DLSE:
+        of_lse = tl.load(dlse_ptr + row).to(dtype)
+    if HAS_SQUARED:
+        square = tl.load(squared_ptr + row).to(dtype)
+    if (g != 0) | (h != 0) | (of_lse != 0) | (square != 0):
         t = temperature
         if HAS_ROW_TEMPERATURE:
             t = tl.load(temperature_ptr + row).to(dtype)
@@ -172,16 +235,18 @@ def _row_grad_kernel(
         total = tl.load(saved_ptr + row * 2 + 1)
         g /= t
         slope = h / t / LOG2_E / total
-        base = (g + h / t * (tl.load(entropy_ptr + row) - tl.log(total))) / total
+        of_p = g - of_lse / t if HAS_DLSE else g
+        base = (of_p + h / t * (tl.load(entropy_ptr + row) - tl.log(total))) / total
+        square = square / t / total / total
         for start in tl.range(0, whole, DEPTH * LANES, num_stages=NUM_STAGES):
             col = _tile(start, DEPTH, LANES)
             x = _load(logits_ptr, col, logits_col_stride, num_classes, True).to(dtype)
-            dx = _grad(x, col, target, g, base, slope, maximum, scale, SOFTCAP)
+            dx = _grad(x, col, target, g, base, slope, maximum, scale, SOFTCAP, square, HAS_SQUARED)
             _store(dlogits_ptr, col, dlogits_col_stride, num_classes, dx, True)
         if whole < num_classes:
             col = _tile(whole, DEPTH, LANES)
             x = _load(logits_ptr, col, logits_col_stride, num_classes, False).to(dtype)
-            dx = _grad(x, col, target, g, base, slope, maximum, scale, SOFTCAP)
+            dx = _grad(x, col, target, g, base, slope, maximum, scale, SOFTCAP, square, HAS_SQUARED)
             _store(dlogits_ptr, col, dlogits_col_stride, num_classes, dx, False)
     else:
         zeros = tl.zeros([DEPTH, LANES], dlogits_ptr.dtype.element_ty)
@@ -199,14 +264,18 @@ def row_stats(
     temperature: float | Tensor,  # or [T]
     softcap: float | None,
     scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of the target and entropy of each valid row, 0 elsewhere; what E2 wants."""
+    squares: bool = False,
+) -> RowStats:
+    """The statistics of each valid row, 0 elsewhere; saved is what E2 wants."""
     num_rows, num_classes = logits.shape
     log_probs = logits.new_empty(num_rows, dtype=stats_dtype(logits.dtype))
-    entropy = torch.empty_like(log_probs)
+    entropy, lse = torch.empty_like(log_probs), torch.empty_like(log_probs)
     saved = log_probs.new_empty(num_rows, NUM_SAVED)
+    found = RowStats(
+        log_probs, entropy, lse, saved, torch.empty_like(log_probs) if squares else None
+    )
     if num_rows == 0:
-        return log_probs, entropy, saved
+        return found
     number, per_row = _temperature(temperature, log_probs)
     launch = row_launch(logits)
     with torch.cuda.device_of(logits):
@@ -218,18 +287,21 @@ def row_stats(
             saved_ptr=saved,
             log_probs_ptr=log_probs,
             entropy_ptr=entropy,
+            lse_ptr=lse,
+            squares_ptr=found.squares,
             temperature=number,
             logits_row_stride=logits.stride(0),
             logits_col_stride=logits.stride(1),
             num_classes=num_classes,
             HAS_ROW_TEMPERATURE=per_row is not None,
+            HAS_SQUARES=squares,
             SOFTCAP=softcap,
             DEPTH=launch.depth,
             LANES=launch.lanes,
             NUM_STAGES=launch.num_stages,
             num_warps=launch.num_warps,
         )
-    return log_probs, entropy, saved
+    return found
 
 
 def row_grad(
@@ -240,16 +312,16 @@ def row_grad(
     softcap: float | None,
     entropy: Tensor,  # [T]
     saved: Tensor,  # [T, NUM_SAVED]
-    dlog_probs: Tensor | None,  # [T]
-    dentropy: Tensor | None,  # [T]
+    slopes: Slopes,
     scratch_bytes: int,
 ) -> None:
-    """dz_j = g (1[j = y] - p_j) - h p_j (log p_j + H), through temperature and softcap."""
+    """dz_j = g (1[j = y] - p_j) - h p_j (log p_j + H) + l p_j + q p_j^2, and on to the logits."""
     num_rows, num_classes = logits.shape
     if num_rows == 0:
         return
     number, per_row = _temperature(temperature, entropy)
     launch = row_launch(logits)
+    scalars = Slopes(*(None if x is None else x.contiguous() for x in slopes))
     with torch.cuda.device_of(logits):
         _row_grad_kernel[(num_rows,)](
             logits_ptr=logits,
@@ -257,8 +329,10 @@ def row_grad(
             temperature_ptr=per_row,
             entropy_ptr=entropy.contiguous(),
             saved_ptr=saved.contiguous(),
-            dlog_probs_ptr=None if dlog_probs is None else dlog_probs.contiguous(),
-            dentropy_ptr=None if dentropy is None else dentropy.contiguous(),
+            dlog_probs_ptr=scalars.dlog_probs,
+            dentropy_ptr=scalars.dentropy,
+            dlse_ptr=scalars.dlse,
+            squared_ptr=scalars.squared,
             dlogits_ptr=out,
             temperature=number,
             logits_row_stride=logits.stride(0),
@@ -267,8 +341,10 @@ def row_grad(
             dlogits_col_stride=out.stride(1),
             num_classes=num_classes,
             HAS_ROW_TEMPERATURE=per_row is not None,
-            HAS_DLOG_PROBS=dlog_probs is not None,
-            HAS_DENTROPY=dentropy is not None,
+            HAS_DLOG_PROBS=scalars.dlog_probs is not None,
+            HAS_DENTROPY=scalars.dentropy is not None,
+            HAS_DLSE=scalars.dlse is not None,
+            HAS_SQUARED=scalars.squared is not None,
             SOFTCAP=softcap,
             DEPTH=launch.depth,
             LANES=launch.lanes,
