@@ -7,8 +7,9 @@ the ratio there is p / 1, the demonstrator's probability taken as 1, shaped to p
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveFloat
 
@@ -63,8 +64,8 @@ class LUFFY(Mixture):
         )
         return TokenLoss(function, ("old_log_probs", "advantages", "prefix_mask"))
 
-    def figures(self, groups, updates, has_answer):
-        yield from super().figures(groups, updates, has_answer)
+    def figures(self, groups: Sequence[Group], *rest: Any) -> Iterator[Figure]:
+        yield from super().figures(groups, *rest)
         for rollout in (each for group in groups for each in group.rollouts):
             if not rollout.is_sampled:
                 yield Figure("reward/demonstration_mean", rollout.reward, 1)

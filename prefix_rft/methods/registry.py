@@ -4,16 +4,18 @@ import importlib
 from typing import TypeVar
 
 from prefix_rft.checks import ConfigError
+from prefix_rft.methods.hpt import HPT
 from prefix_rft.methods.luffy import LUFFY
 from prefix_rft.methods.method import Chart, Method
 from prefix_rft.methods.prefix_rft import PrefixRFT
+from prefix_rft.methods.relift import ReLIFT
 from prefix_rft.methods.rft import RFT
 from prefix_rft.methods.rl_sft_loss import RLSFTLoss
 from prefix_rft.methods.sft import SFT
 
 AnyMethod = TypeVar("AnyMethod", bound=type[Method])
 
-_SHIPPED = (PrefixRFT, RFT, SFT, RLSFTLoss, LUFFY)
+_SHIPPED = (PrefixRFT, RFT, SFT, RLSFTLoss, LUFFY, ReLIFT, HPT)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _SHIPPED}
 DEFAULT_METHOD = PrefixRFT.name
 

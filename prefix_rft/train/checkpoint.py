@@ -271,10 +271,19 @@ def _states(
     return states | {
         "model": get_model_state_dict(model, options=_TRAINED),
         "optimizers": {
-            name: get_optimizer_state_dict(model, optimizer, options=_TRAINED)
-            for name, optimizer in optimizers.items()
+            name: _optimizer_state(model, optimizer) for name, optimizer in optimizers.items()
         },
     }
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer; one that has not taken a step yet is left as if it had not."""
+    is_fresh = not optimizer.state
+    state = get_optimizer_state_dict(model, optimizer, options=_TRAINED)
+    if is_fresh:  # torch has made its state by a step without gradients
+        for each in optimizer.state.values():
+            each["step"].zero_()
+    return state
 
 
 def load_model_weights(path: Path, model: nn.Module) -> None:

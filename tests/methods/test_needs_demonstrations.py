@@ -13,7 +13,7 @@ NEEDY = [name for name, method in METHODS.items() if method.needs_demonstrations
 
 
 def test_they_are_known() -> None:
-    assert {"rl_sft_loss", "luffy"} <= set(NEEDY)
+    assert {"rl_sft_loss", "luffy", "relift", "hpt"} <= set(NEEDY)
     assert not {"rft", "prefix_rft"} & set(NEEDY)  # these make do with rollouts
 
 
