@@ -1,6 +1,7 @@
 """The methods by name: those of this package, and one's own."""
 
 import importlib
+from collections.abc import Iterable
 from typing import TypeVar
 
 from prefix_rft.checks import ConfigError
@@ -14,6 +15,7 @@ from prefix_rft.methods.rl_sft_loss import RLSFTLoss
 from prefix_rft.methods.sft import SFT
 
 AnyMethod = TypeVar("AnyMethod", bound=type[Method])
+Declared = TypeVar("Declared")
 
 _SHIPPED = (PrefixRFT, RFT, SFT, RLSFTLoss, LUFFY, ReLIFT, HPT)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _SHIPPED}
@@ -53,9 +55,18 @@ def find_method(name: str) -> type[Method]:
 
 def declared_charts() -> list[Chart]:
     """The charts of all methods; one that has no values in a run is not drawn there."""
-    return [chart for method in METHODS.values() for chart in method.charts]
+    return _once(chart for method in METHODS.values() for chart in method.charts)
 
 
 def declared_progress() -> list[tuple[str, tuple[tuple[str, str, str], ...]]]:
     """The console's lines of all methods, as (label, figures)."""
-    return [line for method in METHODS.values() for line in method.progress.items()]
+    return _once(line for method in METHODS.values() for line in method.progress.items())
+
+
+def _once(declared: Iterable[Declared]) -> list[Declared]:
+    """Methods may have inherited the same."""
+    found: list[Declared] = []
+    for each in declared:
+        if each not in found:
+            found.append(each)
+    return found

@@ -13,6 +13,8 @@ from prefix_rft.checks import ConfigError
 from prefix_rft.config import config_from_dict
 from prefix_rft.data_types import Group, MiniBatch, Problem, RolloutRequest, Segment, TrainRow
 from prefix_rft.methods import METHODS, Figure, Method, TokenLoss, find_method, register
+from prefix_rft.methods.registry import declared_charts
+from prefix_rft.metrics.progress import describe
 from prefix_rft.metrics.step_metrics import StepMetrics
 from prefix_rft.train.checkpoint import CheckpointWriter, list_checkpoints
 from prefix_rft.train.interrupt import Interrupt
@@ -195,6 +197,12 @@ def test_a_name_that_is_taken_is_refused() -> None:
     other = type("Other", (Method,), {"name": "rft"})
     with pytest.raises(ValueError, match="'rft' is already that of RFT"):
         register(other)
+
+
+def test_what_methods_inherit_is_shown_once() -> None:
+    assert describe({"policy/demonstration_nll_mean": 0.5}) == [("demos", "nll 0.500")]
+    charts = declared_charts()
+    assert all(chart not in charts[:k] for k, chart in enumerate(charts))
 
 
 class Likelihood(Method):

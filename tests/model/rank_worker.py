@@ -1,8 +1,9 @@
 """What each rank of tests/model/test_distributed.py runs, under torchrun.
 
-    rank_worker.py CONFIG.toml GROUPS OUT
+    rank_worker.py CONFIG.toml GROUPS OUT [CONFIG.toml GROUPS OUT ...]
 
-One training step of the configuration on the pickled groups; rank 0 writes weights and metrics.
+One training step of a configuration on the pickled groups; rank 0 writes weights and metrics. All
+configurations have the ranks of the first.
 """
 
 import os
@@ -32,13 +33,10 @@ def given(groups: list[Group]) -> Callable[[StepMetrics, Interrupt], list[Group]
     return rollouts
 
 
-def step(config_file: str, groups_file: str, out: str) -> None:
+def step(world: World, config_file: str, groups_file: str, out: str) -> None:
     config = load_config(config_file)
     groups = pickle.loads(Path(groups_file).read_bytes())
-    with (
-        World(config.sharding, resolve_device(config.model)) as world,
-        Setup(config, config.model.path, world) as setup,
-    ):
+    with Setup(config, config.model.path, world) as setup:
         trainer = setup.trainer()
         if groups is not None:
             trainer.rollouts = given(groups)
@@ -50,7 +48,14 @@ def step(config_file: str, groups_file: str, out: str) -> None:
             torch.save({"weights": weights, "metrics": metrics}, out)
 
 
+def main(files: list[str]) -> None:
+    first = load_config(files[0])
+    with World(first.sharding, resolve_device(first.model)) as world:
+        for start in range(0, len(files), 3):
+            step(world, *files[start : start + 3])
+
+
 if __name__ == "__main__":
-    step(*sys.argv[1:])
+    main(sys.argv[1:])
     sys.stdout.flush()
     os._exit(0)  # interpreter shutdown can abort on a thread of the process group
