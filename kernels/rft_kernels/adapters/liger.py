@@ -1,474 +1,42 @@
-"""Liger's GRPO losses, with the signatures of Liger 0.8.5: from logits and from hidden states.
+"""Liger's GRPO losses and cross entropies, with the signatures of Liger 0.8.5."""
 
-B sequences, L completion tokens, V classes, D hidden size. Liger's losses are functions of the
-log-probability alone: `_grpo` has them in O(B L) of torch, and the vocabulary-sized work is ours.
-"""
-
-from dataclasses import dataclass, fields
-
-import torch
-from torch import Tensor
-
-from .._check import NO_TARGET
-from ..rows import token_stats
-from ._grpo import Options, check_shapes, metrics, reduced, token_losses
-from ._linear import head_stats
+from ._liger_cross_entropy import (
+    LigerCrossEntropyFunction,
+    LigerFusedLinearCrossEntropyFunction,
+    LigerFusedLinearScaledCrossEntropyFunction,
+)
+from ._liger_grpo_linear import LigerFusedLinearGRPOFunction, LigerFusedLinearGRPOLoss
+from ._liger_grpo_logits import GrpoLossFunction, fused_selective_log_softmax, triton_grpo_loss
 from ._patch import Patch, install, refusing
 
-
-def triton_grpo_loss(
-    logits: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    completion_ids: Tensor,
-    advantages: Tensor,
-    completion_mask: Tensor | None = None,
-    temperature: float = 0.9,
-    beta: float = 0.04,
-    eps_low: float = 0.2,
-    eps_high: float = 0.4,
-    inplace: bool = True,
-    loss_type: str = "dapo",
-    max_completion_length: int | None = None,
-    importance_sampling_level: str = "token",
-    reduce: bool = False,
-    sapo_temperature_pos: float = 1.0,
-    sapo_temperature_neg: float = 1.05,
-    vllm_is_ratio: Tensor | None = None,
-    delta: float | None = None,
-    use_bias_correction_kl: bool = False,
-    num_items_in_batch: int | Tensor | None = None,
-    vespo_k_pos: float = 2.0,
-    vespo_lambda_pos: float = 3.0,
-    vespo_k_neg: float = 3.0,
-    vespo_lambda_neg: float = 2.0,
-) -> tuple:
-    """The losses of the GRPO family from logits; arguments, defaults and results are Liger's.
-
-    Args:
-        logits: [B, L + 1, V]; the last row of a sequence predicts nothing and gets no gradient.
-        old_logp: [B, L], or None: on-policy.
-        ref_logp: [B, L], where `beta` is not 0.
-        completion_ids: [B, L] int.
-        advantages: [B].
-        completion_mask: [B, L], 0 outside the loss, or None.
-        inplace: the backward writes the gradient over `logits`.
-        loss_type: "grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo" or "vespo".
-        vllm_is_ratio: [B, L], [B, 1] or [B], the weight of the policy term.
-        others: numbers as Liger documents them.
-    Returns:
-        (loss, kl or None, is_clipped), [B, L] float32 each, 0 outside the mask; with `reduce`
-        (loss, [mean kl where beta is not 0, mean of is_clipped]), 0-dim.
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, value or combination.
-    Differentiable once in `logits` through the loss. Rows outside the mask are not read.
-    """
-    options = Options(
-        loss_type,
-        importance_sampling_level,
-        beta,
-        eps_low,
-        eps_high,
-        delta,
-        use_bias_correction_kl,
-        sapo_temperature_pos,
-        sapo_temperature_neg,
-        vespo_k_pos,
-        vespo_lambda_pos,
-        vespo_k_neg,
-        vespo_lambda_neg,
-    )
-    return _loss_from_logits(
-        logits,
-        old_logp,
-        ref_logp,
-        completion_ids,
-        advantages,
-        completion_mask,
-        options,
-        temperature,
-        inplace,
-        max_completion_length,
-        reduce,
-        vllm_is_ratio,
-        num_items_in_batch,
-    )
-
-
-def _loss_from_logits(
-    logits: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    completion_ids: Tensor,
-    advantages: Tensor,
-    completion_mask: Tensor | None,
-    options: Options,
-    temperature: float,
-    inplace: bool,
-    max_completion_length: int | None,
-    reduce: bool,
-    vllm_is_ratio: Tensor | None,
-    num_items_in_batch: int | Tensor | None,
-    phi_seq: Tensor | None = None,  # [B, 1], of "vespo"
-) -> tuple:
-    """As `triton_grpo_loss`."""
-    options.check()
-    if options.beta != 0 and ref_logp is None:
-        raise ValueError("ref_logp must be given, as beta is not 0")
-    check_shapes(
-        logits[:, 1:],
-        advantages,
-        vllm_is_ratio,
-        num_items_in_batch,
-        completion_ids=completion_ids,
-        completion_mask=completion_mask,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-    )
-    if completion_mask is None:
-        inside = torch.ones_like(completion_ids, dtype=torch.bool)
-    else:
-        inside = completion_mask != 0
-    targets = torch.where(inside, completion_ids, NO_TARGET)
-    targets = torch.nn.functional.pad(targets, (0, 1), value=NO_TARGET)
-    log_probs = token_stats(
-        logits, targets, temperature=temperature, inplace_backward=inplace
-    ).log_probs[:, :-1]
-    mask = inside.to(log_probs.dtype)
-    loss, kl, is_clipped = token_losses(
-        log_probs, old_logp, ref_logp, advantages, vllm_is_ratio, inside, mask, options, phi_seq
-    )
-    loss = torch.where(inside, loss, 0)  # a ratio of the sequence spreads over its tokens here
-    if reduce:
-        total = reduced(loss, mask, options.loss_type, max_completion_length, num_items_in_batch)
-        return total, metrics(mask, kl, is_clipped)
-    kl = None if kl is None else torch.where(inside, kl, 0).detach()
-    return loss, kl, torch.where(inside, is_clipped, False).to(log_probs.dtype)
-
-
-class GrpoLossFunction:
-    """What Liger's `triton_grpo_loss` calls, and who has no use for its defaults."""
-
-    @staticmethod
-    def apply(
-        logits: Tensor,
-        old_logp: Tensor | None,
-        ref_logp: Tensor | None,
-        completion_ids: Tensor,
-        advantages: Tensor,
-        completion_mask: Tensor | None,
-        temperature: float,
-        beta: float,
-        eps_low: float,
-        eps_high: float,
-        inplace: bool,
-        loss_type: str = "grpo",
-        max_completion_length: int | None = None,
-        reduce: bool = True,
-        importance_sampling_level: str = "token",
-        sapo_temperature_pos: float = 1.0,
-        sapo_temperature_neg: float = 1.05,
-        vllm_is_ratio: Tensor | None = None,
-        delta: float | None = None,
-        use_bias_correction_kl: bool = False,
-        num_items_in_batch: int | Tensor | None = None,
-        phi_seq: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """As `triton_grpo_loss`, but for `phi_seq` and three results with `reduce` as well.
-
-        Args:
-            phi_seq: [B] or [B, 1], the weight of a sequence in "vespo", which needs it.
-        Returns:
-            (loss, kl or None, is_clipped); with `reduce` the loss and two means, 0-dim.
-        """
-        options = Options(
-            loss_type,
-            importance_sampling_level,
-            beta,
-            eps_low,
-            eps_high,
-            delta,
-            use_bias_correction_kl,
-            sapo_temperature_pos,
-            sapo_temperature_neg,
-            *[1.0] * 4,  # vespo's, which are in phi_seq
-        )
-        if loss_type == "vespo":
-            if phi_seq is None or phi_seq.shape not in (advantages.shape, (len(advantages), 1)):
-                raise ValueError(
-                    f"phi_seq must have shape [{len(advantages)}] or [{len(advantages)}, 1] for "
-                    f"loss_type 'vespo', got {None if phi_seq is None else list(phi_seq.shape)}"
-                )
-            phi_seq = phi_seq.detach().reshape(-1, 1)
-        found = _loss_from_logits(
-            logits,
-            old_logp,
-            ref_logp,
-            completion_ids,
-            advantages,
-            completion_mask,
-            options,
-            temperature,
-            inplace,
-            max_completion_length,
-            reduce,
-            vllm_is_ratio,
-            num_items_in_batch,
-            phi_seq,
-        )
-        if not reduce:
-            return found
-        loss, (*kl, clipped) = found
-        return loss, kl[0] if kl else None, clipped
-
-
-@torch.no_grad()
-def fused_selective_log_softmax(
-    logits: Tensor, input_ids: Tensor, temperature: float = 0.9, mask: Tensor | None = None
-) -> Tensor:
-    """Log-probabilities of the last L of `input_ids`, [B, L] float32, without a gradient.
-
-    Args:
-        logits: [B, L + 1, V]; the last row of a sequence predicts nothing.
-        input_ids: [B, L or more] int.
-        temperature: above 0.
-        mask: [B, L or more], 0 where the result is 0, or None.
-    Raises:
-        TypeError, ValueError: as `token_stats`.
-    """
-    length = logits.shape[1] - 1
-    ids = input_ids[:, input_ids.shape[1] - length :]
-    keep = None if mask is None else mask[:, mask.shape[1] - length :] != 0
-    return token_stats(logits[:, :-1], ids, temperature=temperature, row_mask=keep).log_probs
-
-
-class LigerFusedLinearScaledCrossEntropyFunction:
-    """Negative log-probability of each target, and entropy, from hidden states."""
-
-    @staticmethod
-    def apply(
-        _input: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        temperature: float = 1.0,
-        ignore_index: int = NO_TARGET,
-        m_tiles_per_cluster: int = 1,
-        return_entropy: bool = False,
-        selected_token_ids: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The logits never exist whole.
-
-        Args:
-            _input: [M, D].
-            weight: [V, D].
-            target: [M] int.
-            temperature: above 0.
-            ignore_index: the target of rows whose results are 0.
-            m_tiles_per_cluster: not needed here.
-        Returns:
-            nll [M], or (nll, entropy [M]), float32 (float64 for float64), nats.
-        Raises:
-            TypeError, ValueError: as `linear_token_stats`.
-            NotImplementedError: `selected_token_ids`, whose gradient takes more than two numbers a
-                row.
-        Differentiable once in `_input` and `weight`.
-        """
-        if selected_token_ids is not None:
-            raise NotImplementedError("selected_token_ids must be None: one class a row is served")
-        if ignore_index != NO_TARGET:
-            target = torch.where(target == NO_TARGET, len(weight), target)  # no class, and refused
-            target = torch.where(target == ignore_index, NO_TARGET, target)
-        log_probs, entropy = head_stats(_input, weight, target, temperature=temperature)
-        return (0 - log_probs, entropy) if return_entropy else 0 - log_probs
-
-
-class LigerFusedLinearGRPOFunction:
-    """What Liger's `LigerFusedLinearGRPOLoss` calls, from hidden states."""
-
-    @staticmethod
-    def apply(
-        _input: Tensor,
-        weight: Tensor,
-        selected_token_ids: Tensor,
-        attention_mask: Tensor,
-        advantages: Tensor,
-        bias: Tensor | None = None,
-        ref_per_token_logps: Tensor | None = None,
-        old_per_token_logps: Tensor | None = None,
-        ref_input: Tensor | None = None,
-        ref_weight: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-        beta: float = 0.04,
-        epsilon_low: float = 0.2,
-        epsilon_high: float = 0.2,
-        loss_type: str = "dapo",
-        max_completion_length: int | None = None,
-        importance_sampling_level: str = "token",
-        sapo_temperature_pos: float = 1.0,
-        sapo_temperature_neg: float = 1.05,
-        temperature: float = 1.0,
-        compiled: bool = True,
-        use_ref_model: bool = True,
-        chunk_size: int = 1,
-        vllm_is_ratio: Tensor | None = None,
-        delta: float | None = None,
-        use_bias_correction_kl: bool = False,
-        vespo_k_pos: float = 2.0,
-        vespo_lambda_pos: float = 3.0,
-        vespo_k_neg: float = 3.0,
-        vespo_lambda_neg: float = 2.0,
-        num_items_in_batch: int | Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The losses of the GRPO family; the logits never exist whole.
-
-        Args:
-            _input: [B, L, D].
-            weight: [V, D]; cast to the dtype of `_input`, as `bias` [V] is.
-            selected_token_ids: [B, L] int.
-            attention_mask: [B, L], 0 outside the loss.
-            advantages: [B].
-            ref_per_token_logps: [B, L]; or `ref_input` [B, L, D] with `ref_weight` [V, D] and
-                `ref_bias` [V]. Needed where `use_ref_model` and `beta` is not 0.
-            old_per_token_logps: [B, L], or None: on-policy.
-            compiled, chunk_size: not needed here.
-            vllm_is_ratio: [B, L], [B, 1] or [B], the weight of the policy term.
-            others: numbers as Liger documents them.
-        Returns:
-            (loss, (mean kl where beta is not 0, mean of is_clipped)), 0-dim each.
-        Raises:
-            TypeError, ValueError: an argument of the wrong type, shape, value or combination.
-        Differentiable once in `_input`, `weight` and `bias`. What is outside the mask does not
-        count, but for "luspo": Liger's mean is over padding as well, and so is this.
-        """
-        options = Options(
-            loss_type,
-            importance_sampling_level,
-            beta,
-            epsilon_low,
-            epsilon_high,
-            delta,
-            use_bias_correction_kl,
-            sapo_temperature_pos,
-            sapo_temperature_neg,
-            vespo_k_pos,
-            vespo_lambda_pos,
-            vespo_k_neg,
-            vespo_lambda_neg,
-        )
-        options.check()
-        if loss_type == "dr_grpo" and max_completion_length is None:
-            raise ValueError("max_completion_length must be given for loss_type 'dr_grpo'")
-        check_shapes(
-            _input,
-            advantages,
-            vllm_is_ratio,
-            num_items_in_batch,
-            selected_token_ids=selected_token_ids,
-            attention_mask=attention_mask,
-            old_per_token_logps=old_per_token_logps,
-            ref_per_token_logps=ref_per_token_logps,
-        )
-        inside = attention_mask != 0
-        counted = torch.ones_like(inside) if loss_type == "luspo" else inside
-        targets = torch.where(counted, selected_token_ids, NO_TARGET)
-        log_probs = head_stats(
-            _input, weight, targets, bias=bias, temperature=temperature
-        ).log_probs
-        ref = ref_per_token_logps
-        if beta != 0 and not use_ref_model:
-            ref = log_probs.detach()
-        elif beta != 0 and ref is None:
-            if ref_input is None or ref_weight is None:
-                raise ValueError(
-                    "ref_per_token_logps, or ref_input and ref_weight, must be given: "
-                    "use_ref_model is True and beta is not 0"
-                )
-            with torch.no_grad():
-                ref = head_stats(
-                    ref_input, ref_weight, targets, bias=ref_bias, temperature=temperature
-                ).log_probs
-        mask = inside.to(log_probs.dtype)
-        loss, kl, is_clipped = token_losses(
-            log_probs, old_per_token_logps, ref, advantages, vllm_is_ratio, counted, mask, options
-        )
-        if loss_type != "luspo":
-            loss = torch.where(inside, loss, 0)
-        total = reduced(loss, mask, loss_type, max_completion_length, num_items_in_batch)
-        return total, tuple(metrics(mask, kl, is_clipped))
-
-
-@dataclass(eq=False)
-class LigerFusedLinearGRPOLoss(torch.nn.Module):
-    """Liger's module of that name: its options, its call, its (loss, metrics)."""
-
-    beta: float = 0.04
-    compiled: bool = True
-    use_ref_model: bool = True
-    chunk_size: int = 1
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    loss_type: str = "dapo"
-    max_completion_length: int | None = None
-    importance_sampling_level: str = "token"
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-    temperature: float = 1.0
-    delta: float | None = None
-    use_bias_correction_kl: bool = False
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def forward(
-        self,
-        _input: Tensor,
-        lin_weight: Tensor,
-        selected_token_ids: Tensor,
-        attention_mask: Tensor,
-        advantages: Tensor,
-        bias: Tensor | None = None,
-        ref_per_token_logps: Tensor | None = None,
-        old_per_token_logps: Tensor | None = None,
-        ref_input: Tensor | None = None,
-        ref_weight: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-        vllm_is_ratio: Tensor | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See `LigerFusedLinearGRPOFunction.apply`."""
-        return LigerFusedLinearGRPOFunction.apply(
-            _input,
-            lin_weight,
-            selected_token_ids,
-            attention_mask,
-            advantages,
-            bias,
-            ref_per_token_logps,
-            old_per_token_logps,
-            ref_input,
-            ref_weight,
-            ref_bias,
-            vllm_is_ratio=vllm_is_ratio,
-            num_items_in_batch=num_items_in_batch,
-            **{field.name: getattr(self, field.name) for field in fields(self)},
-        )
+__all__ = [
+    "GrpoLossFunction",
+    "LigerCrossEntropyFunction",
+    "LigerFusedLinearCrossEntropyFunction",
+    "LigerFusedLinearGRPOFunction",
+    "LigerFusedLinearGRPOLoss",
+    "LigerFusedLinearScaledCrossEntropyFunction",
+    "fused_selective_log_softmax",
+    "patch",
+    "triton_grpo_loss",
+]
 
 
 def patch() -> Patch:
-    """Serves Liger's GRPO losses from here, until the handle it returns is undone.
+    """Serves Liger's losses from here, until the handle it returns is undone.
 
-    A `LigerFusedLinearGRPOLoss` of Liger's that exists already is served as well.
+    Objects of Liger's that exist already are served as well.
 
     Raises:
         ImportError: Liger, or a name expected in it, is missing.
     """
     chunked = "liger_kernel.chunked_loss"
     function = LigerFusedLinearGRPOFunction
-    scaled = LigerFusedLinearScaledCrossEntropyFunction
+    cross_entropies = (
+        LigerCrossEntropyFunction,
+        LigerFusedLinearCrossEntropyFunction,
+        LigerFusedLinearScaledCrossEntropyFunction,
+    )
     return install(
         "liger_kernel",
         {
@@ -477,17 +45,17 @@ def patch() -> Patch:
             f"{chunked}.functional:liger_fused_linear_grpo": function.apply,
             "liger_kernel.ops:GrpoLossFunction": GrpoLossFunction,
             "liger_kernel.ops.grpo_loss:fused_selective_log_softmax": fused_selective_log_softmax,
-            f"liger_kernel.ops:{scaled.__name__}": scaled,
-        },
+        }
+        | {f"liger_kernel.ops:{x.__name__}": x for x in cross_entropies},
     )
 
 
-_Z_LOSS = "z-loss and smoothing take more than two numbers a row; `linear_token_loss` is without"
+_OVER_RANKS = "its rows are shards of classes; see `linear_token_stats(process_group=)`"
 __getattr__ = refusing(
     __name__,
     {
-        "LigerCrossEntropyFunction": _Z_LOSS,
-        "LigerFusedLinearCrossEntropyFunction": _Z_LOSS,
-        "LigerFusedLinearScaledCrossEntropyTPFunction": "see `linear_token_stats(process_group=)`",
+        "LigerFusedLinearScaledCrossEntropyTPFunction": _OVER_RANKS,
+        "LigerVocabParallelCEFunction": _OVER_RANKS,
+        "LigerFusedCETVDFunction": "a row of it has the distributions of two models",
     },
 )

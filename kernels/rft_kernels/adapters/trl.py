@@ -13,11 +13,10 @@ from torch import Tensor
 from .. import _check
 from ..results import stats_dtype
 from ..rows import token_stats
-from ._linear import compute_dtype, head_stats
+from ._linear import TILE_ROWS, head_stats, logits_by_tiles
 from ._patch import Patch, install, refusing
 
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-_TILE_ROWS = 256
 
 
 def selective_log_softmax(
@@ -214,12 +213,8 @@ def _of_logits(
         "is_top1": lambda z, y: z.argmax(-1) == y,
     }
     found: dict[str, list[Tensor]] = {name: [] for name in functions if name in outputs}
-    dtype = compute_dtype(hidden)
-    tiles = zip(hidden.split(_TILE_ROWS), targets.split(_TILE_ROWS), strict=True)
-    for rows, y in tiles if found else ():
-        z = torch.nn.functional.linear(
-            rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        ).to(stats_dtype(dtype))
+    tiles = zip(logits_by_tiles(hidden, weight, bias), targets.split(TILE_ROWS), strict=True)
+    for z, y in tiles if found else ():
         z = z if softcap is None else softcap * (z / softcap).tanh()
         for name, parts in found.items():
             parts.append(functions[name](z / temperature, y))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import _check
-from ..rows import token_stats
+from ..rows import sum_squared_probs, token_stats
 from ._linear import head_stats
 from ._patch import Patch, install, refusing
 
@@ -36,16 +36,12 @@ def logprobs_from_logits_v2(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
-    """Sum of the squares of softmax(logits), [...]; differentiable once. Reads the logits thrice.
-
-        sum_j p_j^2 = e^(lse(2 x) - 2 lse(x)),  of log_prob = x_y - lse(x) at any class y
+    """Sum of the squares of softmax(logits), [...]; differentiable once. Reads the logits once.
 
     Raises:
         TypeError, ValueError: as `token_stats`.
     """
-    likeliest = logits.detach().argmax(-1)  # whose log-prob is finite, and small
-    once, twice = (token_stats(logits, likeliest, temperature=t).log_probs for t in (1, 0.5))
-    return (2 * once - twice).exp()
+    return sum_squared_probs(logits)
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
