@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
 from prefix_rft.checks import Fraction, config_section, require
@@ -25,6 +26,9 @@ class PrefixOptions:
     high: Fraction = 0.95  # longest prefix, as a fraction of the demonstration
     horizon_steps: PositiveInt | None = None  # steps of the schedule; None: those of the run
     min_prefix_tokens: PositiveInt = 1  # tokens of a prefix at least
+    shared_prefix: bool = False  # whether all hybrid rollouts of a group start from one prefix
+    # groups that have them: all, or those whose ordinary rollouts, which come first, all fail
+    when: Literal["always", "group_fails"] = "always"
 
     def __post_init__(self) -> None:
         require(self.low <= self.high, f"{self.key}.low", f"at most high ({self.high})", self.low)
@@ -39,6 +43,21 @@ class PrefixOptions:
             high=self.high,
             horizon_steps=horizon_steps,
         )
+
+    def requests(
+        self,
+        problem: Problem,
+        window: tuple[float, float],
+        rng: np.random.Generator,
+        max_response_length: int,
+    ) -> list[RolloutRequest]:
+        """The hybrid rollouts of a group, with ratios drawn from the window."""
+        num_draws = 1 if self.shared_prefix else self.num_hybrid
+        drawn = [
+            self.request(problem, rng.uniform(*window), max_response_length)
+            for _ in range(num_draws)
+        ]
+        return drawn * self.num_hybrid if self.shared_prefix else drawn[::-1]
 
     def request(self, problem: Problem, ratio: float, max_response_length: int) -> RolloutRequest:
         """A rollout that starts from that fraction of the problem's demonstration."""

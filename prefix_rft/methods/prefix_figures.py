@@ -31,7 +31,14 @@ CHARTS = (
         limits=(0.0, 1.0),
     ),
     Chart(title="Entropy", unit="nats", series={"policy/prefix_entropy_mean": "prefix"}),
-    Chart(title="Rollouts", unit="fraction", series={"policy/kept_frac": "prefix tokens kept"}),
+    Chart(
+        title="Rollouts",
+        unit="fraction",
+        series={
+            "policy/kept_frac": "prefix tokens kept",
+            "prefix/groups_frac": "groups with a prefix",
+        },
+    ),
 )
 PROGRESS = {
     "reward": (
@@ -54,6 +61,7 @@ def prefix_figures(
 ) -> Iterator[Figure]:
     """Rewards by kind of rollout, lengths of prefixes, their selection and entropy."""
     for group in groups:
+        yield Figure("prefix/groups_frac", any(each.is_hybrid for each in group.rollouts), 1)
         for rollout in group.rollouts:
             kind = "hybrid" if rollout.is_hybrid else "on_policy"
             yield Figure(f"reward/{kind}_mean", rollout.reward, 1)
@@ -66,4 +74,5 @@ def prefix_figures(
         prefix = update.batch.prefix_mask & update.batch.has_advantage
         selected = update.batch.selected_mask
         yield Figure("policy/kept_frac", selected.sum(), prefix.sum())
-        yield Figure("policy/prefix_entropy_mean", update.entropy[prefix].sum(), prefix.sum())
+        if selected.any():  # else nobody asked for the entropies
+            yield Figure("policy/prefix_entropy_mean", update.entropy[prefix].sum(), prefix.sum())

@@ -13,11 +13,12 @@ from prefix_rft.methods.relift import ReLIFT
 from prefix_rft.methods.rft import RFT
 from prefix_rft.methods.rl_sft_loss import RLSFTLoss
 from prefix_rft.methods.sft import SFT
+from prefix_rft.methods.uft import UFT
 
 AnyMethod = TypeVar("AnyMethod", bound=type[Method])
 Declared = TypeVar("Declared")
 
-_SHIPPED = (PrefixRFT, RFT, SFT, RLSFTLoss, LUFFY, ReLIFT, HPT)
+_SHIPPED = (PrefixRFT, RFT, SFT, RLSFTLoss, LUFFY, ReLIFT, HPT, UFT)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _SHIPPED}
 DEFAULT_METHOD = PrefixRFT.name
 

@@ -159,7 +159,7 @@ def test_a_value_out_of_bounds_names_them(section, key, value, expected):
         ("model", "max_position_embeddings", 9215),  # below 1024 + 8192
         ("rollout", "group_size", 1),
         ("rollout", "temperature", 0.0),
-        ("prefix_rft", "num_hybrid", 8),  # of a group of 8
+        ("prefix_rft", "num_hybrid", 9),  # of a group of 8
         ("prefix_rft", "min_prefix_tokens", 8192),
         ("prefix_rft", "low", 0.96),
         ("optimizer", "betas", [0.9, 1.0]),
@@ -301,10 +301,10 @@ def test_a_method_may_not_take_the_name_of_a_section(own_method):
 
 
 def test_the_limits_of_a_method_count_where_it_is_chosen():
-    values = {"prefix_rft": {"num_hybrid": 8}, "rollout": {"group_size": 8}}
-    with pytest.raises(ConfigError, match=r"^prefix_rft.num_hybrid: expected below .*8.*, got 8"):
+    values = {"prefix_rft": {"num_hybrid": 9}, "rollout": {"group_size": 8}}
+    with pytest.raises(ConfigError, match=r"^prefix_rft.num_hybrid: expected at most 8, .*, got 9"):
         config_from_dict(values)
-    assert config_from_dict(values | {"method": {"name": "rft"}}).prefix_rft.num_hybrid == 8
+    assert config_from_dict(values | {"method": {"name": "rft"}}).prefix_rft.num_hybrid == 9
 
 
 def test_an_unknown_method_lists_the_known_ones():
