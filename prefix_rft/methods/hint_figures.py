@@ -27,7 +27,6 @@ CHARTS = (
         unit="nats",
         series={"policy/hint_nll_mean": "negative log-likelihood of hints"},
     ),
-    Chart(title="Divergence", unit="nats", series={"policy/ref_kl_mean": "KL to the reference"}),
 )
 PROGRESS = {
     "hint": (
