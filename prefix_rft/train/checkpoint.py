@@ -12,7 +12,6 @@ options of the optimizers: load only checkpoints that you trust.
 
 import json
 import os
-import random
 import shutil
 import warnings
 import zlib
@@ -23,7 +22,6 @@ from functools import partial as partial_call
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -39,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from prefix_rft.checks import UserError
 from prefix_rft.model import World
+from prefix_rft.train.generators import rng_states, set_rng_states
 
 Optimizers = Mapping[str, torch.optim.Optimizer]  # by name
 
@@ -134,7 +133,7 @@ class CheckpointWriter:
         saved = _states(model, optimizers, reference)
 
         def write_states() -> None:
-            (partial / _rng_file(self.world.rank)).write_text(json.dumps(_rng_states()))
+            (partial / _rng_file(self.world.rank)).write_text(json.dumps(rng_states()))
 
         self._guard(target, write_states)
         options = {"checkpoint_id": partial / "state", "no_dist": self.world.mesh is None}
@@ -256,7 +255,7 @@ def load_checkpoint(
         set_optimizer_state_dict(model, optimizer, loaded["optimizers"][name], options=_TRAINED)
     generators = path / _rng_file(world.rank)
     if generators.exists():
-        _set_rng_states(json.loads(generators.read_text()))
+        set_rng_states(json.loads(generators.read_text()))
     return state
 
 
@@ -335,28 +334,6 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 
 def _rng_file(rank: int) -> str:
     return f"rng-{rank}.json"
-
-
-def _rng_states() -> dict[str, list]:
-    """Generator states as JSON has them."""
-    name, key, *rest = np.random.get_state()
-    states = {
-        "python": random.getstate(),
-        "numpy": [name, key.tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state().tolist()  # this rank's device
-    return states
-
-
-def _set_rng_states(states: dict[str, list]) -> None:
-    version, internal, gauss_next = states["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    np.random.set_state(tuple(states["numpy"]))
-    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
 
 
 def _crc32(file: Path) -> int:

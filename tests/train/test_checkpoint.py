@@ -14,11 +14,10 @@ import torch
 from prefix_rft.train.checkpoint import (
     CheckpointError,
     CheckpointWriter,
-    _rng_states,
-    _set_rng_states,
     list_checkpoints,
     load_model_weights,
 )
+from prefix_rft.train.generators import rng_states, set_rng_states
 from prefix_rft.train.interrupt import Interrupt
 from tests.tiny import make_model, make_trainer
 
@@ -120,10 +119,10 @@ def test_a_machine_with_fewer_devices_takes_up_the_generators(monkeypatch) -> No
     monkeypatch.setattr(random, "_lazy_call", lambda function, **_: function())
     monkeypatch.setattr(random, "current_device", lambda: 0)
     monkeypatch.setattr(random, "device_count", lambda: len(generators))
-    states = _rng_states()
+    states = rng_states()
     first = torch.rand(3, generator=generators[0])
     del generators[1]
-    _set_rng_states(states)
+    set_rng_states(states)
     assert torch.equal(torch.rand(3, generator=generators[0]), first)
 
 
