@@ -12,7 +12,7 @@ import torch
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import config_from_dict
 from prefix_rft.methods.buffer import Buffer
-from prefix_rft.metrics import StepMetrics
+from prefix_rft.metrics import LogProbGapError, StepMetrics
 from prefix_rft.train.checkpoint import CheckpointWriter, list_checkpoints
 from prefix_rft.train.interrupt import Interrupt
 from prefix_rft.train.trainer import Trainer
@@ -178,6 +178,33 @@ def test_a_resumed_run_is_that_which_was_not_stopped(tmp_path: Path) -> None:
     begun.train_step(Interrupt())
     begun.train_step(Interrupt())
     assert largest_difference(begun.policy.model, whole.policy.model) == 0
+
+
+def test_a_checkpoint_between_generation_and_update_is_that_of_the_step_before(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """A gap between engine and trainer is found there: the run is saved and ends."""
+    options = {"buffer_size": 4}
+    whole, begun, resumed = (trainer_of(options) for _ in range(3))
+    for _ in range(3):
+        whole.train_step(Interrupt())
+    begun.train_step(Interrupt())
+
+    def refuse(*args: object) -> None:
+        raise LogProbGapError("found before the first update")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(begun, "pack", refuse)
+        with pytest.raises(LogProbGapError):
+            begun.train_step(Interrupt())
+    with CheckpointWriter(tmp_path, keep=1, in_background=False) as checkpoints:
+        begun.save(checkpoints)
+    resumed.restore(list_checkpoints(tmp_path)[-1])
+    for trainer in (begun, resumed):
+        for _ in range(2):
+            trainer.train_step(Interrupt())
+        assert largest_difference(trainer.policy.model, whole.policy.model) == 0
+        assert trainer.method.state() == whole.method.state()
 
 
 @pytest.mark.parametrize(
