@@ -66,6 +66,9 @@ def compare(
         _check_unchanged(todo)
         failures = _run(comparison, runs, todo, lock, jobs=jobs, launcher=launcher)
         write_tables(comparison, runs)
+    except KeyboardInterrupt:
+        _tell("stopped; the same command goes on")
+        raise
     finally:
         lock.release()
     for name, reason in failures.items():

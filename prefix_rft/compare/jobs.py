@@ -69,7 +69,7 @@ class Jobs:
                         self._end(run, ended, failures)
                     if self._children:
                         time.sleep(_LOOK_S)
-            except KeyboardInterrupt:
+            except BaseException:  # whatever ends this, the children end with it
                 self._stop()
                 raise
         return failures

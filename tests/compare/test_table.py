@@ -114,6 +114,17 @@ def test_tables_have_means_intervals_and_paired_differences(comparison: Comparis
     assert "| sft | 1 | 50.0 | 50.0 | 10.0 |  |\n" in text and "## Difference to rft" in text
 
 
+def test_seeds_that_the_reference_lacks_are_left_out(comparison: Comparison) -> None:
+    comparison = replace(comparison, reference="sft")
+    runs = comparison.runs()
+    for run in runs:
+        leave(run, [2, 2] if run.name == "rft-1" else [0, 1])
+    rows = [row("rft", 0, 0.4), row("rft", 1, 0.4), row("sft", 0, 0.5)]
+    differences = make_tables(comparison, runs, rows)[-1]
+    assert differences.rows[0][:2] == ("rft", "1")
+    assert differences.rows[0][4] == "+0.0 (+0.0 to +0.0)"
+
+
 def test_an_interval_without_0_is_marked_and_runs_without_outcomes_are_left_out(
     comparison: Comparison,
 ) -> None:
