@@ -103,6 +103,22 @@ def test_what_is_done_is_skipped_and_only_names_cells_with_their_starts(file) ->
     assert len(started(file)) == 6
 
 
+def test_the_base_is_made_once_before_the_runs(file, monkeypatch) -> None:
+    out, bases = file.parent / "out", []
+
+    def resolve_base(config) -> str:
+        assert not list(out.glob("*-0"))
+        bases.append(config.model.path)
+        return "base"
+
+    monkeypatch.setattr("prefix_rft.compare.command.resolve_base", resolve_base)
+    file.write_text(FILE.replace('[cells.sft]\nmethod.name = "sft"\n', "") + "[cells.sft]\n")
+    assert run(file, only=("chain",)) == 0
+    assert bases == ["nowhere"]  # not the model that the first cell starts from
+    assert run(file, only=("chain",)) == 0
+    assert len(bases) == 1
+
+
 def test_tables_only_runs_nothing_and_leaves_the_same_files(file, capsys) -> None:
     assert run(file, tables_only=True) == 0
     assert "no run is done yet" in capsys.readouterr().out
