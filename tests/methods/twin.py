@@ -127,7 +127,7 @@ def take_step(trainer: Trainer, updates: Sequence[tuple[Loss, slice, str]]) -> S
 
 def method_trainer(name: str, options: dict | None = None, **sections: dict) -> Trainer:
     """A trainer of `name` over 4 problems; `sections` are laid over `VALUES`."""
-    values = VALUES | {"method": {"name": name}, name: options or {}}
+    values = VALUES | {"method": {"name": name}} | ({name: options} if options else {})
     for section, fields in sections.items():
         values[section] = values.get(section, {}) | fields
     return make_trainer(values)
