@@ -89,7 +89,7 @@ def _run(
     _tell(f"{comparison.name}: {len(todo)} runs in {comparison.folder}, {num_done} done already")
     if num_done == len(todo):
         return {}
-    base = resolve_base(todo[0].config if todo[0].start is None else _root(todo[0]).config)
+    base = resolve_base(todo[0].config)  # the first run starts from no other
     _tell(f"base: {base}")
     origin = code_origin()
 
@@ -107,10 +107,6 @@ def _run(
         _tell(f"{run.name}: done in {seconds:.0f} s, greedy {greedy:.1%}; {num_done}/{len(todo)}")
 
     return Jobs(jobs=jobs, launcher=launcher, tell=_tell).run_all(todo, began=began, ended=ended)
-
-
-def _root(run: Run) -> Run:
-    return run if run.start is None else _root(run.start)
 
 
 def write_tables(comparison: Comparison, runs: list[Run]) -> None:
