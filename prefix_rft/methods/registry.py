@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from prefix_rft.checks import ConfigError
+from prefix_rft.methods.chord import CHORD
 from prefix_rft.methods.hpt import HPT
 from prefix_rft.methods.luffy import LUFFY
 from prefix_rft.methods.method import Chart, Method
@@ -13,12 +14,13 @@ from prefix_rft.methods.relift import ReLIFT
 from prefix_rft.methods.rft import RFT
 from prefix_rft.methods.rl_sft_loss import RLSFTLoss
 from prefix_rft.methods.sft import SFT
+from prefix_rft.methods.srft import SRFT
 from prefix_rft.methods.uft import UFT
 
 AnyMethod = TypeVar("AnyMethod", bound=type[Method])
 Declared = TypeVar("Declared")
 
-_SHIPPED = (PrefixRFT, RFT, SFT, RLSFTLoss, LUFFY, ReLIFT, HPT, UFT)
+_SHIPPED = (PrefixRFT, RFT, SFT, RLSFTLoss, LUFFY, ReLIFT, HPT, UFT, CHORD, SRFT)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _SHIPPED}
 DEFAULT_METHOD = PrefixRFT.name
 
