@@ -11,7 +11,6 @@ from prefix_rft.config import config_from_dict
 from prefix_rft.data_types import Problem
 from tests.methods.twin import GROUP_SIZE, MAX_LENGTH, View, assert_equals_twin, method_trainer
 
-
 equals_twin = partial(assert_equals_twin, "srft", float32_error=3e-6)
 
 
