@@ -16,6 +16,7 @@ from prefix_rft.config.packages import (
     require_packages,
 )
 from prefix_rft.config.run_folder import (
+    BEST_FOLDER,
     CONFIG_FILE,
     MODEL_FOLDER,
     OUTCOMES_FILE,
@@ -48,6 +49,7 @@ __all__ = [
     "CONFIG_FILE",
     "EXTRAS",
     "MATH",
+    "BEST_FOLDER",
     "MODEL_FOLDER",
     "OUTCOMES_FILE",
     "START",

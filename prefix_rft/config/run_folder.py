@@ -7,6 +7,7 @@ from prefix_rft.checks import ConfigError
 CONFIG_FILE = "config.toml"
 SUMMARY_FILE = "summary.json"  # results of the base and of the trained model
 OUTCOMES_FILE = "evaluation.jsonl"  # of the trained model, problem by problem
+BEST_FOLDER = "best"  # the model of the best evaluation, where `eval.select_by` asks for it
 MODEL_FOLDER = "model"  # the trained model in Hugging Face format, written at the end
 
 

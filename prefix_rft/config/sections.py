@@ -385,6 +385,24 @@ class EvalConfig:
     max_response_length: AtLeastTwo | None = None
     # column of the held-out rows; avg@k and greedy are also reported for each of its values
     group_by: NonEmpty | None = None
+    # benchmarks of prefix-rft eval --suite, by comma, that are evaluated as well
+    suites: NonEmpty | None = None
+    suite_data: NonEmpty | None = None  # file with their problems; None: the hub
+    suite_limit: PositiveInt | None = None  # problems of a benchmark at most, evenly spaced
+    suite_samples: PositiveInt | None = None  # of each of their problems; None: their protocol's
+    # keep the model of the evaluation with the highest avg@k on the held-out problems ("held_out")
+    # or on one of `suites`; None: the last model alone
+    select_by: NonEmpty | None = None
+    select_on_test: bool = False  # allow benchmarks in `select_by`, which then measure no more
+
+    def __post_init__(self) -> None:
+        known = ["held_out", *(self.suites or "").replace(" ", "").split(",")]
+        require(
+            self.select_by is None or self.select_by in known,
+            "eval.select_by",
+            "held_out or one of eval.suites",
+            self.select_by,
+        )
 
 
 @config_section("log")

@@ -1,6 +1,7 @@
 """Accuracy of a policy on held-out problems and on benchmarks."""
 
 from prefix_rft.evaluate.answers import answer
+from prefix_rft.evaluate.in_training import TrainingSuites, selection_metric, training_suites
 from prefix_rft.evaluate.outcomes import write_outcomes
 from prefix_rft.evaluate.statistics import CONFIDENCE, NUM_RESAMPLES, bootstrap_interval, summarize
 from prefix_rft.evaluate.suite_command import run_suites
@@ -10,10 +11,13 @@ __all__ = [
     "CONFIDENCE",
     "NUM_RESAMPLES",
     "SuiteOptions",
+    "TrainingSuites",
     "answer",
     "bootstrap_interval",
     "run_suites",
+    "selection_metric",
     "suite_list",
     "summarize",
+    "training_suites",
     "write_outcomes",
 ]

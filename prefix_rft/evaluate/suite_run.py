@@ -54,19 +54,14 @@ def evaluate_suites(
         ConfigError: `folder` has samples of another model or protocol; see also `rows_of`.
         DataError: a suite cannot be read, or has no usable problem.
     """
-    suites = options.suites()
     config = _for_model(config, model, options)
     path = model_at(model)
     text_config = load_model_config(config.model, path).get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)
     with World(config.sharding, resolve_device(config.model)) as world:
         tokenizer = load_tokenizer(path, config.model.chat_template)
-        prompt = _prompt(config, options)
-        jobs = [
-            job
-            for suite in suites
-            for job in _jobs(config, suite, len(suites), options, prompt, tokenizer, limit)
-        ]
+        prompt = prompt_of(config, options.prompt)
+        jobs = suite_jobs(config, options, prompt, tokenizer, limit)
         identity = {"model": fingerprint(path), "dtype": config.model.dtype, "seed": config.seed}
         identity |= {"engine": config.rollout.engine}
         world.broadcast(
@@ -111,7 +106,7 @@ def evaluate_suites(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class SuiteJob:
     """One suite at one temperature."""
 
     suite: Suite
@@ -142,6 +137,26 @@ class _Job:
         }
 
 
+def suite_jobs(
+    config: Config,
+    options: SuiteOptions,
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+) -> list[SuiteJob]:
+    """What the suites asked for take, with their problems as the tokenizer has them.
+
+    Args:
+        limit: tokens of prompt and response that the model can take; None: any.
+    """
+    suites = options.suites()
+    return [
+        job
+        for suite in suites
+        for job in _jobs(config, suite, len(suites), options, prompt, tokenizer, limit)
+    ]
+
+
 def _jobs(
     config: Config,
     suite: Suite,
@@ -150,10 +165,10 @@ def _jobs(
     prompt: Prompt,
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None,
-) -> list[_Job]:
-    key = "--suite-data"
+) -> list[SuiteJob]:
+    key = options.data_key
     rows = (
-        load_rows(suite.hub, suite.split, key="--suite")
+        load_rows(suite.hub, suite.split, key=options.names_key)
         if options.data is None
         else rows_of(suite, load_rows(options.data, suite.split, key=key), key, num_suites)
     )
@@ -186,16 +201,16 @@ def _jobs(
         seed=config.seed,
     )
     common = {"suite": suite, "prompt": prompt, "report": str(report)}
-    jobs = [_Job(label=suite.name, sampling=sampled, **common)]
+    jobs = [SuiteJob(label=suite.name, sampling=sampled, **common)]
     if suite.greedy:
         greedy = replace(sampled, num_samples=1, temperature=0.0, top_p=1.0)
-        jobs.append(_Job(label=f"{suite.name}_greedy", sampling=greedy, **common))
+        jobs.append(SuiteJob(label=f"{suite.name}_greedy", sampling=greedy, **common))
     return jobs
 
 
 def _sample(
     config: Config,
-    job: _Job,
+    job: SuiteJob,
     chunks: Sequence[int],
     folder: Path,
     engine: RolloutEngine,
@@ -203,7 +218,7 @@ def _sample(
     world: World,
 ) -> None:
     own = list(world.shard(chunks))
-    reward = replace(config.reward, function=None)
+    reward = replace(config.reward, function=None, functions={})
     with Rewarder(reward, answer_pattern=job.suite.answer_pattern) as rewarder:
         for turn in range(-(-len(chunks) // world.size)):
             if turn < len(own):
@@ -246,11 +261,12 @@ def _for_model(config: Config, model: str, options: SuiteOptions) -> Config:
     )
 
 
-def _prompt(config: Config, options: SuiteOptions) -> Prompt:
-    if options.prompt is None:
-        system = config.data.system_prompt
-        return Prompt(name=NONE if system is None else "the run's", system=system)
-    return find_prompt(options.prompt)
+def prompt_of(config: Config, name: str | None) -> Prompt:
+    """The prompt of that name; None: that of the run."""
+    if name is not None:
+        return find_prompt(name)
+    system = config.data.system_prompt
+    return Prompt(name=NONE if system is None else "the run's", system=system)
 
 
 def fingerprint(path: str) -> dict[str, str]:

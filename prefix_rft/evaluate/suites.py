@@ -101,6 +101,8 @@ class SuiteOptions:
 
     names: str  # of suites and sets, by comma
     data: str | None = None  # file of the problems; None: the hub
+    names_key: str = "--suite"  # what messages call `names` and `data`
+    data_key: str = "--suite-data"
     prompt: str | None = None  # by name; None: the model's own
     num_samples: int | None = None
     temperature: float | None = None
@@ -140,7 +142,7 @@ class SuiteOptions:
         }
         chosen = [
             replace(suite, greedy=suite.greedy or self.greedy, **overrides)
-            for suite in find_suites(self.names)
+            for suite in find_suites(self.names, self.names_key)
         ]
         for suite in chosen:
             for k in self.pass_at:
@@ -153,7 +155,7 @@ class SuiteOptions:
         return chosen
 
 
-def find_suites(names: str) -> list[Suite]:
+def find_suites(names: str, key: str = "--suite") -> list[Suite]:
     """The suites of a list by comma, a set's in its order, none twice.
 
     Raises:
@@ -163,7 +165,7 @@ def find_suites(names: str) -> list[Suite]:
     for name in map(str.strip, names.split(",")):
         if name not in SUITES and name not in SETS:
             known = ", ".join((*SETS, *SUITES))
-            raise ConfigError(f"--suite: expected list, or some of {known}, got {name!r}")
+            raise ConfigError(f"{key}: expected some of {known}, got {name!r}")
         for member in SETS.get(name, (name,)):
             found[member] = SUITES[member]
     return list(found.values())
@@ -201,3 +203,12 @@ def evenly(items: Sequence, limit: int | None) -> list:
     """At most `limit` of the items, evenly spaced."""
     count = len(items) if limit is None else min(limit, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def is_test(problem_source: str, split: str, data_sources: Iterable[object]) -> bool:
+    """Whether a dataset is one of the benchmarks, by its hub id and split or its rows' source."""
+    known = {name for suite in SUITES.values() for name in (suite.data_source, suite.name)}
+    hubs = {(suite.hub.partition(":")[0], suite.split) for suite in SUITES.values()}
+    return (problem_source.partition(":")[0], split) in hubs or any(
+        source in known for source in data_sources
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from prefix_rft.config import (
+    BEST_FOLDER,
     CONFIG_FILE,
     MODEL_FOLDER,
     OUTCOMES_FILE,
@@ -18,6 +19,7 @@ from prefix_rft.config import (
     save_config,
 )
 from prefix_rft.data import LoadReport, resolve_base
+from prefix_rft.evaluate import selection_metric
 from prefix_rft.metrics import LogProbGapError, MetricsLogger, NoLogger, Watch, write_report
 from prefix_rft.model import (
     World,
@@ -195,6 +197,7 @@ class _Run:
                     if config.eval.every and done % config.eval.every == 0 and done < num_steps:
                         results = self.setup.evaluate(self.interrupt, version=done)
                         self.log_evaluation(done, results)
+                        self.keep_best(done, results)
             # They come between two updates: the weights are whole.
             except (Stopped, RewardError, LogProbGapError, EngineError):
                 if trainer.step_index > saved:
@@ -211,8 +214,24 @@ class _Run:
                 self.interrupt, version=step, outcomes=self.run_dir / OUTCOMES_FILE
             )
             self.log_evaluation(step, self.summary["trained"])
+            self.keep_best(step, self.summary["trained"])
         self.world.broadcast(self.lock.check)
         self.save_summary()
+
+    def keep_best(self, step: int, results: dict) -> None:
+        """Write the model if no evaluation before was better by `eval.select_by`."""
+        if self.config.eval.select_by is None:
+            return
+        metric = selection_metric(self.config, results)
+        value, best = results[metric], self.summary.get("best", {})
+        if best.get("metric") == metric and value <= best["value"]:
+            return
+        export(
+            self.setup.policy.model, self.setup.tokenizer, self.run_dir / BEST_FOLDER, self.world
+        )
+        self.summary["best"] = {"step": step, "metric": metric, "value": value}
+        self.save_summary()
+        self.logger.message(f"best so far: {metric} {value:.3f} at step {step}")
 
     def write_results(self) -> None:
         """The report, and whatever becomes of it the model."""

@@ -8,7 +8,7 @@ from prefix_rft.checks import ConfigError
 from prefix_rft.config import Config, make_method
 from prefix_rft.data import load_problems
 from prefix_rft.data_types import Problem
-from prefix_rft.evaluate import answer, summarize, write_outcomes
+from prefix_rft.evaluate import answer, summarize, training_suites, write_outcomes
 from prefix_rft.methods import find_method
 from prefix_rft.model import (
     World,
@@ -43,6 +43,7 @@ class Setup:
         if self.uses_reference:
             check_reference(config, self.tokenizer)
         self.data = load_problems(config, self.tokenizer, trains=trains)
+        self.suites = training_suites(config, self.tokenizer, self.data.held_out)
         self.policy = load_policy(
             config, model_path, vocab_size=vocabulary_size(self.tokenizer), world=world
         )
@@ -104,10 +105,11 @@ class Setup:
                 max_response_length=self.config.rollout.max_response_length,
                 seed=self.config.seed * self.world.size + self.world.rank,
             )
+            suites = self.suites.evaluate(self.engine, self.world) if self.suites.jobs else {}
         answers = self.world.all_gather(answers)
         if outcomes is not None and self.world.is_main:
             write_outcomes(outcomes, self.data.held_out, answers)
-        return summarize(answers) | {"grader": self.rewarder.info()}
+        return summarize(answers) | suites | {"grader": self.rewarder.info()}
 
 
 def _for_method(config: Config, problems: list[Problem]) -> tuple[Config, list[Problem]]:
