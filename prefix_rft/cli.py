@@ -19,9 +19,9 @@ from prefix_rft.config import (
     CONFIG_FILE,
     Config,
     config_type,
-    is_run_folder,
     load_config,
     model_at,
+    run_folder_of,
 )
 from prefix_rft.methods import DEFAULT_METHOD, find_method
 
@@ -69,7 +69,8 @@ class Eval:
     """Evaluate a model on the held-out problems, or models on benchmarks."""
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL [MODEL ...]")]
-    """Run folders (their configurations and final models are used), model folders or hub ids."""
+    """Run folders (their configurations and final models are used), checkpoints or models of
+    theirs, model folders or hub ids."""
     suite: str | None = None
     """Benchmarks by comma: math (the six of the paper), aime24, ..., gsm8k; list shows them."""
     suite_data: str | None = None
@@ -112,7 +113,7 @@ class Eval:
         options = {name: getattr(self, name) for name in names}
         run_suites(
             self.overrides,
-            self.models,
+            [self._model_folder(model) for model in self.models],
             SuiteOptions(names=self.suite, data=self.suite_data, **options),
             self.out,
             prints=_is_main_rank(),
@@ -124,10 +125,25 @@ class Eval:
 
         if len(self.models) != 1:
             raise UserError(f"MODEL: expected one without --suite, got {len(self.models)}")
-        results = evaluate_model(self.overrides, model_at(self.models[0]))
+        results = evaluate_model(self.overrides, model_at(self._model_folder(self.models[0])))
         if _is_main_rank():
             print(json.dumps(results, indent=2))
         return 0
+
+    @staticmethod
+    def _model_folder(path: str) -> str:
+        """`path`, or for a checkpoint of a run the model that is exported from it once."""
+        run_dir = run_folder_of(path)
+        if run_dir is None or Path(path).parent != run_dir / "checkpoints":
+            return path
+        from prefix_rft.train import checkpoint_step, export_checkpoint
+
+        folder = run_dir / "exports" / Path(path).name
+        if not folder.is_dir():
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise UserError(f"{path}: write its model first, with prefix-rft export")
+            export_checkpoint(run_dir, checkpoint_step(Path(path)), folder)
+        return str(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,8 +277,8 @@ def parse(argv: Sequence[str]) -> Command:
     given = _FIRST.get(name)
     if first is not None and given == "config":
         config = load_config(first)
-    elif first is not None and name == "eval" and is_run_folder(first):
-        config = load_config(Path(first) / CONFIG_FILE)
+    elif first is not None and name == "eval" and (run_dir := run_folder_of(first)) is not None:
+        config = load_config(run_dir / CONFIG_FILE)
     missing = tyro.MISSING_NONPROP
     command = tyro.cli(
         Annotated[Train, subcommand("train", default=Train(config=missing, overrides=config))]

@@ -23,6 +23,7 @@ from prefix_rft.config.run_folder import (
     SUMMARY_FILE,
     is_run_folder,
     model_at,
+    run_folder_of,
 )
 from prefix_rft.config.sections import (
     MATH,
@@ -81,5 +82,6 @@ __all__ = [
     "model_at",
     "require_package",
     "require_packages",
+    "run_folder_of",
     "save_config",
 ]

@@ -28,5 +28,11 @@ def model_at(path: str) -> str:
     return str(folder)
 
 
+def run_folder_of(path: str | Path) -> Path | None:
+    """The run folder that `path` is, or that it lies in (as a checkpoint or a model); else None."""
+    path = Path(path)
+    return next((folder for folder in (path, *path.parents[:2]) if is_run_folder(folder)), None)
+
+
 def is_run_folder(path: str | Path) -> bool:
     return (Path(path) / CONFIG_FILE).is_file()

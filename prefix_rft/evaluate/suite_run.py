@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.checks import require
-from prefix_rft.config import CONFIG_FILE, Config, is_run_folder, load_config, model_at
+from prefix_rft.config import CONFIG_FILE, Config, load_config, model_at, run_folder_of
 from prefix_rft.data import load_rows, problems_from_rows
 from prefix_rft.evaluate.chunks import (
     Sample,
@@ -237,8 +237,8 @@ def _sample(
 
 def _for_model(config: Config, model: str, options: SuiteOptions) -> Config:
     """`config` with what the run of `model` knows of its model and prompt, and with room."""
-    if is_run_folder(model):
-        run = load_config(Path(model) / CONFIG_FILE)
+    if (run_dir := run_folder_of(model)) is not None:
+        run = load_config(run_dir / CONFIG_FILE)
         config = replace(
             config,
             data=replace(config.data, system_prompt=run.data.system_prompt),

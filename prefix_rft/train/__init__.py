@@ -1,6 +1,6 @@
 """One step, and a whole run."""
 
-from prefix_rft.train.checkpoint import list_checkpoints
+from prefix_rft.train.checkpoint import checkpoint_step, list_checkpoints
 from prefix_rft.train.interrupt import Stopped
 from prefix_rft.train.lock import RunLock, live_holder
 from prefix_rft.train.run import evaluate_model, export_checkpoint, train
@@ -8,6 +8,7 @@ from prefix_rft.train.run import evaluate_model, export_checkpoint, train
 __all__ = [
     "RunLock",
     "Stopped",
+    "checkpoint_step",
     "evaluate_model",
     "export_checkpoint",
     "list_checkpoints",

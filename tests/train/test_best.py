@@ -75,3 +75,21 @@ def test_what_selects_must_be_evaluated() -> None:
 def test_an_unknown_suite_is_refused_by_its_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="eval.suites: expected some of math, aime24"):
         train(run_with(tmp_path, suites="aime26"))
+
+
+def test_a_checkpoint_and_a_model_of_a_run_can_be_evaluated_with_its_settings(
+    tmp_path: Path, capsys
+) -> None:
+    from prefix_rft.cli import main
+
+    config = run_with(tmp_path, select_by="held_out", suites=None)
+    train(config)
+    last = config.run_dir / "checkpoints/step-000003"
+    capsys.readouterr()
+    accuracies = []
+    for model in (config.run_dir, last, config.run_dir / "model"):
+        assert main(["eval", str(model), "--eval.suites", "None", "--eval.select-by", "None"]) == 0
+        out = capsys.readouterr().out
+        accuracies.append(json.loads(out[out.index("{") :])["avg@2"])
+    assert accuracies[0] == accuracies[1] == accuracies[2]
+    assert (config.run_dir / "exports/step-000003/model.safetensors").is_file()
