@@ -103,6 +103,12 @@ class Config:
             positions,
         )
         require(
+            self.method.advantage_scale == "none" or method.scales_advantages,
+            "method.advantage_scale",
+            f'"none" with the method {method.name}, whose advantages have a scale of their own',
+            self.method.advantage_scale,
+        )
+        require(
             not self.loss.uses_kl or make_method(self, eos_token_id=0).uses_reference,
             "loss.kl",
             f"none with the method {method.name}, which has no KL term of this section",

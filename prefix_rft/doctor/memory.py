@@ -3,10 +3,12 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from prefix_rft.config import Config
 from prefix_rft.doctor.shapes import Place, Shapes, Weight
+from prefix_rft.methods import find_method
 
 WORKSPACE_BYTES = 2**30  # the default workspace of the vocabulary-sized ops of rft_kernels
 # Device memory that no term counts: context, communication buffers, fragmentation, the kernels.
@@ -75,6 +77,20 @@ def _engine_bytes(config: Config, s: Shapes, place: Place) -> tuple[int, int]:
     return weights, int(config.vllm.gpu_memory_utilization * place.device_bytes) - weights
 
 
+def _optimizers(config: Config) -> list[tuple[str, str]]:
+    """What each optimizer of the method is called here, and its name in [optimizer]."""
+    name = config.optimizer.name
+    method = find_method(config.method.name)
+    others = method.optimizers(config.section(method)).items()
+    return [
+        (name, name),
+        *(
+            (f"{changes.get('name', name)} of {own}", changes.get("name", name))
+            for own, changes in others
+        ),
+    ]
+
+
 def _states(config: Config, s: Shapes, place: Place) -> list[MemoryTerm]:
     """Weights, optimizer state, gradients, the reference: whole, or the shard of one rank."""
     num_shards = place.num_processes // config.sharding.replicas
@@ -92,8 +108,8 @@ def _states(config: Config, s: Shapes, place: Place) -> list[MemoryTerm]:
             phase="host" if offload else phase,
         )
 
-    def state_size(weight: Weight, numel: int) -> int:
-        is_packed = config.optimizer.name == "adamw_8bit" and numel >= _SMALLEST
+    def state_size(name: str, weight: Weight, numel: int) -> int:
+        is_packed = name == "adamw_8bit" and numel >= _SMALLEST
         if is_packed and numel % _BLOCK == 0:
             return 2 * (numel + _FLOAT32 * numel // _BLOCK)
         return 2 * weight.itemsize * numel
@@ -105,7 +121,10 @@ def _states(config: Config, s: Shapes, place: Place) -> list[MemoryTerm]:
     return [
         *([term("weights, frozen", frozen, plain_size, "always")] if frozen else []),
         term("weights, trained", trained, plain_size, "always"),
-        term(f"optimizer state, {config.optimizer.name}", trained, state_size, "always"),
+        *(
+            term(f"optimizer state, {told}", trained, partial(state_size, name), "always")
+            for told, name in _optimizers(config)
+        ),
         term("gradients", trained, plain_size, "update"),
         *([term("weights, reference", s.reference, plain_size, "always")] if s.reference else []),
     ]

@@ -31,6 +31,7 @@ class GRPO(RFT):
 
     section = GRPOOptions
     needs_demonstrations = True
+    scales_advantages = False
     uses_reference = False  # the section [loss] is not its own
 
     def rows(self, group: Group, step: int) -> Iterable[TrainRow]:

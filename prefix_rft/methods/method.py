@@ -97,6 +97,7 @@ class Method:
     section: ClassVar[type | None] = None  # dataclass of the section [<name>] of the configuration
     # Whether it is pointless over problems of which none has a demonstration.
     needs_demonstrations: ClassVar[bool] = False
+    scales_advantages: ClassVar[bool] = False  # whether `Setting.advantage_scale` is its own
     charts: ClassVar[tuple[Chart, ...]] = ()
     # Lines of the console: label -> (word, metric, format) of each figure.
     progress: ClassVar[Mapping[str, tuple[tuple[str, str, str], ...]]] = {}

@@ -58,6 +58,7 @@ class Mixture(RFT):
 
     section = MixtureOptions
     needs_demonstrations = True
+    scales_advantages = False
     uses_reference = False  # the section [loss] is not its own
     charts: ClassVar[tuple[Chart, ...]] = (
         Chart(

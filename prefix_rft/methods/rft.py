@@ -17,6 +17,7 @@ class RFT(Method):
     """A group of rollouts of one prompt; each is better or worse than their mean."""
 
     name = "rft"
+    scales_advantages = True
 
     @property
     def uses_reference(self) -> bool:

@@ -307,6 +307,14 @@ def test_the_limits_of_a_method_count_where_it_is_chosen():
     assert config_from_dict(values | {"method": {"name": "rft"}}).prefix_rft.num_hybrid == 9
 
 
+def test_a_scale_of_advantages_is_refused_where_it_has_no_effect():
+    values = {"method": {"name": "rft", "advantage_scale": "std"}}
+    assert config_from_dict(values).method.advantage_scale == "std"
+    values["method"]["name"] = "luffy"
+    with pytest.raises(ConfigError, match='^method.advantage_scale: expected "none" with .* luffy'):
+        config_from_dict(values)
+
+
 def test_an_unknown_method_lists_the_known_ones():
     with pytest.raises(
         ConfigError, match="^method.name: expected one of prefix_rft, rft, sft, .*or "

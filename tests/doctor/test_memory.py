@@ -263,6 +263,15 @@ def plan(config: dict, place: Place, **changes: object) -> dict[str, MemoryTerm]
     return {term.name: term for term in terms}
 
 
+def test_a_second_optimizer_has_a_state_of_its_own() -> None:
+    place = Place(device=CUDA, device_bytes=GIB, num_processes=1)
+    one, two = (plan({"method": {"name": name}}, place) for name in ("rft", "relift"))
+    state = one["optimizer state, adamw"].num_bytes
+    assert two["optimizer state, adamw"].num_bytes == state > 0
+    assert two["optimizer state, adamw of sft"].num_bytes == state
+    assert "optimizer state, adamw of sft" not in one
+
+
 def test_ranks_share_what_replicas_and_offload_leave_them() -> None:
     place = Place(device=CUDA, device_bytes=GIB, num_processes=8)
     rows = [2 * 64, 38 * 128, 38 * 128, 13 * 64]  # the first of 8 shards is the largest
