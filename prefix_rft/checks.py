@@ -27,6 +27,7 @@ _TEXTS: dict[Any, str] = {
     float: "a number",
     bool: "true or false",
     NoneType: "none",
+    Any: "any value",
     ...: "...",
 }
 _BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}

@@ -108,6 +108,15 @@ class Config:
             f'"none" with the method {method.name}, whose advantages have a scale of their own',
             self.method.advantage_scale,
         )
+        # With these the engine samples from something else than the trainer's softmax.
+        for name in ("kv_cache_dtype", "quantization"):
+            value = self.vllm.options.get(name, "auto")
+            require(
+                value == "auto" or self.loss.importance_cap is not None,
+                f"vllm.options.{name}",
+                "a correction of the engine's log-probs beside it, by loss.importance_cap",
+                value,
+            )
         require(
             not self.loss.uses_kl or make_method(self, eos_token_id=0).uses_reference,
             "loss.kl",

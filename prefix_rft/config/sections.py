@@ -5,7 +5,7 @@ leaves such a key out.
 """
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -233,6 +233,8 @@ class VLLMConfig:
     # file with the server's token, written by prefix-rft serve; None: server.token in the run
     # folder. The environment variable PREFIX_RFT_SERVER_TOKEN goes before it
     token_file: str | None = None
+    # further arguments of vLLM's engine by their own names, such as speculative_config; in a file
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @config_section("method")

@@ -1,5 +1,6 @@
 """The server of vLLM behind `rollout.engine = "vllm_server"`."""
 
+import json
 import os
 import socket
 import sys
@@ -106,5 +107,6 @@ def _flags(options: dict[str, object]) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            flags += [f"--{flag}", str(value)]
+            text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+            flags += [f"--{flag}", text]
     return flags

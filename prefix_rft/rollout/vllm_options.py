@@ -1,5 +1,7 @@
 """How vLLM is configured, in process or as a server: its model, its options, its sampling."""
 
+import dataclasses
+import difflib
 import hashlib
 import json
 import os
@@ -17,6 +19,8 @@ from prefix_rft.config import VLLMConfig, require_package
 from prefix_rft.data_types import RolloutRequest
 
 _MIB = 2**20
+_SET_ELSEWHERE = {"model", "tokenizer", "seed", "enable_sleep_mode", "distributed_executor_backend"}
+_CHANGES_SAMPLES = {"logits_processors", "override_generation_config", "hf_overrides"}
 
 
 def import_vllm() -> ModuleType:
@@ -69,7 +73,12 @@ def engine_options(
     max_length: int,
     max_batch_sequences: int,
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` and options of `vllm serve`; None leaves the choice to vLLM."""
+    """Arguments of `vllm.LLM` and options of `vllm serve`; None leaves the choice to vLLM.
+
+    Raises:
+        ConfigError: `vllm.options` has a name that vLLM does not know or that is set here, or one
+            that changes what is sampled from.
+    """
     options = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
@@ -89,7 +98,23 @@ def engine_options(
         # generator does not support.
         options["enable_chunked_prefill"] = False
         options["max_num_batched_tokens"] = max(max_length, 4096)
-    return options
+    _check_further(config.options, set(options))
+    return options | config.options
+
+
+def _check_further(further: dict[str, Any], ours: set[str]) -> None:
+    if not further:
+        return
+    known = {field.name for field in dataclasses.fields(import_vllm().EngineArgs)}
+    for name in further:
+        key = f"vllm.options.{name}"
+        if name in ours | _SET_ELSEWHERE:
+            raise ConfigError(f"{key}: it follows from the sections [rollout], [vllm] and [model]")
+        if name in _CHANGES_SAMPLES:
+            raise ConfigError(f"{key}: it would change what rollouts are sampled from")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{key}: vLLM has no such engine argument; did you mean {near!r}?")
 
 
 def write_model_config(
