@@ -194,6 +194,7 @@ class _Batch:
     Contexts are prefilled up to a common width W; what is left of the longer ones is fed token by
     token while other rows already generate. W is the smallest width that needs no more steps than
     the largest budget, so a few rows with long prefixes do not pad all other rows and their cache.
+    Rows that begin alike, such as those of a group, are prefilled once.
     """
 
     def __init__(
@@ -209,13 +210,18 @@ class _Batch:
         self.ends = [s + b for s, b in zip(self.starts, budgets, strict=True)]
         self.num_steps = max(self.ends)
         padding = [max(0, self._width - len(c)) for c in contexts]
-        self._input_ids = torch.tensor(
-            [
-                [pad_token_id] * pad + list(context[: self._width])
-                for pad, context in zip(padding, contexts, strict=True)
-            ],
-            device=device,
+        starts = [
+            (*[pad_token_id] * pad, *context[: self._width])
+            for pad, context in zip(padding, contexts, strict=True)
+        ]
+        distinct = {
+            key: i for i, key in enumerate(dict.fromkeys(zip(padding, starts, strict=True)))
+        }
+        # [B] the prefilled row of each request, until it is fed
+        self._prefilled: torch.Tensor | None = torch.tensor(
+            [distinct[key] for key in zip(padding, starts, strict=True)], device=device
         )
+        self._input_ids = torch.tensor([start for _, start in distinct], device=device)
         self.forced = torch.tensor(  # [B, steps]
             [
                 list(context[self._width :]) + [_NOT_FORCED] * (self.num_steps - start)
@@ -223,7 +229,7 @@ class _Batch:
             ],
             device=device,
         )
-        first = torch.tensor(padding, device=device)[:, None]
+        first = torch.tensor([pad for pad, _ in distinct], device=device)[:, None]
         columns = torch.arange(self._width + self.num_steps, device=device)
         self._attention_mask = columns >= first
         self._position_ids = (columns[: self._width] - first).clamp(min=0)
@@ -244,7 +250,14 @@ class _Batch:
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1]
+        logits = output.logits[:, -1]
+        if self._prefilled is None:
+            return logits
+        picks, self._prefilled = self._prefilled, None
+        self._cache.batch_select_indices(picks)
+        self._attention_mask = self._attention_mask[picks]
+        self._position_ids = self._position_ids[picks]
+        return logits[picks]
 
     def append(self, tokens: torch.Tensor) -> None:
         """Make `tokens` [B] the pending ones."""
@@ -288,8 +301,12 @@ class _GrowingLayer(DynamicLayer):
         return new
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, ascending."""
+        """The rows `indices`: all, some of them repeated, or fewer, ascending."""
         length = self.get_seq_length()
+        if len(indices) >= len(self._buffers[0]):
+            self._buffers = tuple(buffer[indices] for buffer in self._buffers)
+            self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+            return
         for buffer in self._buffers:
             buffer[: len(indices), :, :length] = buffer[indices, :, :length]
         self._buffers = tuple(buffer[: len(indices)] for buffer in self._buffers)

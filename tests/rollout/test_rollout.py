@@ -277,3 +277,30 @@ def test_bad_arguments_are_refused(tiny_model):
 
 def test_no_requests_no_completions(tiny_model):
     assert generate(make_engine(tiny_model), []) == []
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma2"])
+def test_what_a_group_shares_is_read_once(make_model, monkeypatch, model_type) -> None:
+    """The prefill of groups, each with a hybrid, has a row for each distinct start."""
+    window = {"sliding_window": 6} if model_type == "gemma2" else {}
+    model = make_model(model_type, dtype=torch.float64, **window).eval()
+    prompts = [(5, 6, 7, 8, 9), (5, 6, 7, 8, 10), (11, 12)]
+    requests = [
+        RolloutRequest(prompt_ids=prompt, prefix_ids=prefix, max_new_tokens=12 - len(prefix))
+        for prompt in prompts
+        for prefix in ((), (), (), (20, 21, 22))
+    ]
+    forward, rows = model.forward, []
+
+    def spied(*args, **options):
+        rows.append(len(options["input_ids"]))
+        return forward(*args, **options)
+
+    monkeypatch.setattr(model, "forward", spied)
+    completions = generate(make_engine(model), requests, temperature=0.9)
+    monkeypatch.undo()
+    assert rows[0] == 3 + 1 and rows[1] == 12  # the third prompt with its prefix fits the width
+    policy = Policy(model, temperature=0.9, vocab_size=VOCAB)
+    assert log_prob_gap(policy, requests, completions, dtype=torch.float64) < 1e-9
+    tokens = [completion.token_ids for completion in completions]
+    assert len(set(tokens)) > 6  # the rows of a group are drawn apart
