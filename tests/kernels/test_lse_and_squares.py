@@ -199,6 +199,22 @@ def test_results_may_be_changed_in_place():
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize(
+    ("logits", "error", "message"),
+    [
+        (None, TypeError, "logits must be a tensor"),
+        (torch.zeros(2, 3, dtype=torch.int64), TypeError, "logits must be a floating-point"),
+        (torch.zeros(()), ValueError, "logits must be .* with V at least 1"),
+        (torch.zeros(2, 0), ValueError, "logits must be .* with V at least 1"),
+    ],
+)
+def test_refusals(logits, error, message):
+    with pytest.raises(error, match=message):
+        sum_squared_probs(logits)
+    with pytest.raises(error, match=message):
+        token_stats_with_lse(logits, torch.zeros(2, dtype=torch.int64))
+
+
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
     "softcap": {"softcap": 2.0, "temperature": 0.7},

@@ -233,6 +233,7 @@ def sum_squared_probs(logits: Tensor, **options: Any) -> Tensor:
     Differentiable once in `logits`. Deterministic. Reads every row once; the backward reads and
     writes the rows with a gradient.
     """
+    _check.tensor("logits", logits)
     targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     *_, squares = _row_stats(logits, targets, squares=True, **options)
     return squares.clone()  # its own is saved for the backward
