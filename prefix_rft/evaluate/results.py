@@ -108,7 +108,7 @@ COLUMNS = ("benchmark", "metric", "value", "std. error", "95% interval", "n")
 
 
 def table_rows(results: Sequence[SuiteResult]) -> list[tuple[str, ...]]:
-    """Rows of COLUMNS, in percent; lengths in tokens."""
+    """Rows of COLUMNS, in percent."""
     rows: list[tuple[str, ...]] = []
     for result in results:
         n = str(result.num_problems)
@@ -116,13 +116,6 @@ def table_rows(results: Sequence[SuiteResult]) -> list[tuple[str, ...]]:
             n += f" of {result.num_problems_whole}"
         for name, estimate in result.figures.items():
             rows.append((result.label, name, *_percent(estimate), n))
-        for name, value in (
-            ("truncated", result.truncated_frac),
-            ("without an answer", result.no_answer_frac),
-        ):
-            rows.append((result.label, name, f"{100 * value:.1f}", "", "", n))
-        length = f"{np.mean(result.lengths):.0f}"
-        rows.append((result.label, "response tokens", length, "", "", n))
     if (mean := average(results)) is not None:
         names = sum(result.temperature > 0 for result in results)
         rows.append((f"average of {names}", "avg", *_percent(mean), ""))
@@ -142,20 +135,24 @@ def notes(results: Sequence[SuiteResult]) -> list[str]:
     """What a reader of the table must know."""
     told = [NOTE]
     for result in results:
+        facts = [
+            f"{np.mean(result.lengths):.0f} tokens a response",
+            f"{100 * result.truncated_frac:.1f}% truncated",
+            f"{100 * result.no_answer_frac:.1f}% without an answer",
+        ]
         if result.num_cut:
-            told.append(
-                f"{result.label}: the model's positions leave fewer than the protocol's "
-                f"{result.max_tokens} tokens for the responses to {result.num_cut} of "
-                f"{result.num_problems} problems."
+            facts.append(
+                f"for {result.num_cut} of {result.num_problems} problems the model's positions "
+                f"leave fewer than {result.max_tokens} tokens"
             )
         if result.whole_text_frac < 1:
-            told.append(
-                f"{result.label}: what follows the last </think> was graded; "
-                f"{100 * result.whole_text_frac:.1f}% of the responses have none and were graded "
-                "whole."
+            facts.append(
+                "what follows the last </think> was graded, or, in "
+                f"{100 * result.whole_text_frac:.1f}% of the responses, which have none, the whole"
             )
-        told += [f"{result.label}: {line}" for line in result.rows.splitlines()[:1]]
-    return told
+        told.append(f"{result.label}: {', '.join(facts)}")
+    rows = [line for result in results for line in result.rows.splitlines()]
+    return told + list(dict.fromkeys(rows))
 
 
 def write_results(

@@ -54,7 +54,8 @@ def _print(
 ) -> None:
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column in columns[:1] else "right")
+        justify = "left" if column in columns[:1] else "right"
+        table.add_column(column, justify=justify, no_wrap=True, overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)
