@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -30,7 +30,13 @@ RunFolder = Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]
 # What loggers say while transformers imports torchao; no run uses what it is about.
 _IMPORT_NOISE = {"torchao": "Failed to load ", "torch.utils._pytree": "is an Enum subclass"}
 # The argument that a command takes before its options.
-_FIRST = {"train": "config", "eval": "models", "serve": "config", "doctor": "config"}
+_FIRST = {
+    "train": "config",
+    "eval": "models",
+    "demonstrate": "model",
+    "serve": "config",
+    "doctor": "config",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +119,7 @@ class Eval:
         options = {name: getattr(self, name) for name in names}
         run_suites(
             self.overrides,
-            [self._model_folder(model) for model in self.models],
+            [_model_folder(model) for model in self.models],
             SuiteOptions(names=self.suite, data=self.suite_data, **options),
             self.out,
             prints=_is_main_rank(),
@@ -125,25 +131,54 @@ class Eval:
 
         if len(self.models) != 1:
             raise UserError(f"MODEL: expected one without --suite, got {len(self.models)}")
-        results = evaluate_model(self.overrides, model_at(self._model_folder(self.models[0])))
+        results = evaluate_model(self.overrides, model_at(_model_folder(self.models[0])))
         if _is_main_rank():
             print(json.dumps(results, indent=2))
         return 0
 
-    @staticmethod
-    def _model_folder(path: str) -> str:
-        """`path`, or for a checkpoint of a run the model that is exported from it once."""
-        run_dir = run_folder_of(path)
-        if run_dir is None or Path(path).parent != run_dir / "checkpoints":
-            return path
-        from prefix_rft.train import checkpoint_step, export_checkpoint
 
-        folder = run_dir / "exports" / Path(path).name
-        if not folder.is_dir():
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                raise UserError(f"{path}: write its model first, with prefix-rft export")
-            export_checkpoint(run_dir, checkpoint_step(Path(path)), folder)
-        return str(folder)
+@dataclass(frozen=True, kw_only=True)
+class Demonstrate:
+    """Let a model answer the training problems of data.path, and keep what is correct.
+
+    The file that it writes is one for data.path. What is generated is kept beside it in chunks, so
+    that a run which was stopped goes on. Exit status 1: no problem was solved.
+    """
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """The teacher: a run folder or its checkpoint, whose configuration is used, a folder or hub id."""
+    out: Path
+    """The parquet file to write."""
+    num_samples: int = 4
+    """Responses to each problem."""
+    temperature: float = 0.6
+    """Of the responses."""
+    top_p: float = 1.0
+    """Of the responses."""
+    max_tokens: int | None = None
+    """Tokens of a response at most; None: rollout.max_response_length."""
+    keep: Literal["shortest", "first", "all"] = "shortest"
+    """Which of the correct responses to a problem; all: a row for each."""
+    only_solved: bool = False
+    """Leave out problems without a demonstration."""
+    chunk_size: int = 512
+    """Responses that are generated and kept together: the most that an interruption costs."""
+    overrides: Overrides
+
+    def run(self) -> int:
+        from prefix_rft.evaluate import DemonstrateOptions, demonstrate
+
+        options = {field.name: getattr(self, field.name) for field in fields(DemonstrateOptions)}
+        counts = demonstrate(
+            self.overrides, _model_folder(self.model), DemonstrateOptions(**options)
+        )
+        if _is_main_rank():
+            print(*counts.lines(), sep="\n")
+            if counts.num_kept:
+                print(f"wrote {self.out}")
+            else:
+                print(f"no demonstration: {self.out} is not written", file=sys.stderr)
+        return 0 if counts.num_kept else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +293,7 @@ class Compare:
         )
 
 
-Command = Train | Eval | Serve | Export | Report | Doctor | Compare
+Command = Train | Eval | Demonstrate | Serve | Export | Report | Doctor | Compare
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -277,12 +312,22 @@ def parse(argv: Sequence[str]) -> Command:
     given = _FIRST.get(name)
     if first is not None and given == "config":
         config = load_config(first)
-    elif first is not None and name == "eval" and (run_dir := run_folder_of(first)) is not None:
+    elif (
+        first is not None
+        and name in ("eval", "demonstrate")
+        and (run_dir := run_folder_of(first)) is not None
+    ):
         config = load_config(run_dir / CONFIG_FILE)
     missing = tyro.MISSING_NONPROP
     command = tyro.cli(
         Annotated[Train, subcommand("train", default=Train(config=missing, overrides=config))]
         | Annotated[Eval, subcommand("eval", default=Eval(models=missing, overrides=config))]
+        | Annotated[
+            Demonstrate,
+            subcommand(
+                "demonstrate", default=Demonstrate(model=missing, out=missing, overrides=config)
+            ),
+        ]
         | Annotated[Serve, subcommand("serve", default=Serve(config=missing, overrides=config))]
         | Annotated[Export, subcommand("export")]
         | Annotated[Report, subcommand("report")]
@@ -323,6 +368,21 @@ def _run(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _model_folder(path: str) -> str:
+    """`path`, or for a checkpoint of a run the model that is exported from it once."""
+    run_dir = run_folder_of(path)
+    if run_dir is None or Path(path).parent != run_dir / "checkpoints":
+        return path
+    from prefix_rft.train import checkpoint_step, export_checkpoint
+
+    folder = run_dir / "exports" / Path(path).name
+    if not folder.is_dir():
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"{path}: write its model first, with prefix-rft export")
+        export_checkpoint(run_dir, checkpoint_step(Path(path)), folder)
+    return str(folder)
 
 
 def _print_results(summary: dict) -> None:

@@ -1,13 +1,16 @@
 """Datasets to problems; the testbed, and the small base model that is trained here."""
 
 from prefix_rft.data.base_model import resolve_base
+from prefix_rft.data.flat import FlatRows, begun_thought
 from prefix_rft.data.load_report import LoadReport
 from prefix_rft.data.problems import batch_indices, load_problems, problems_from_rows
 from prefix_rft.data.sources import load_rows
 
 __all__ = [
+    "FlatRows",
     "LoadReport",
     "batch_indices",
+    "begun_thought",
     "load_problems",
     "load_rows",
     "problems_from_rows",

@@ -26,7 +26,7 @@ _TOKENIZER_BATCH = 256  # texts; the tokenizer needs some hundred bytes per toke
 # What a demonstration is tokenised behind where neither its prompt nor the last character of that
 # keeps tokens of its own.
 _OTHER_STARTS = ("\n", ":", "a")
-_open_thought = re.compile(r"<think>(\s*)\Z")  # at the end of a prompt
+open_thought = re.compile(r"<think>(\s*)\Z")  # at the end of a prompt
 _empty_thought = re.compile(r"<think>\s*</think>(\s*)\Z")
 _begun_thought = re.compile(r"\s*<think>")  # at the start of a demonstration
 
@@ -346,7 +346,7 @@ def _with_one_thought(draft: Problem, findings: Findings) -> Problem:
     text = draft.demonstration
     if text is None:
         return draft
-    if thought := _open_thought.search(draft.prompt):
+    if thought := open_thought.search(draft.prompt):
         if begun := _begun_thought.match(text):
             text = _behind_space(thought[1], text[begun.end() :])
     elif thought := _empty_thought.search(draft.prompt):

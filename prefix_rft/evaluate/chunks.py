@@ -9,18 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.data_types import Problem, RolloutRequest
+from prefix_rft.data_types import Completion, Problem, RolloutRequest
 from prefix_rft.reward import Rewarder, extract_answer, response_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from prefix_rft.model import World
     from prefix_rft.rollout import RolloutEngine
 
 IDENTITY_FILE = "identity.json"
@@ -40,6 +42,9 @@ class Sample:
     num_tokens: int
     finish_reason: str
     has_thought: bool  # whether the text after </think> was graded, and not the whole
+
+
+AnySample = TypeVar("AnySample", bound=Sample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,15 +140,31 @@ def sample_chunk(
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Sample]:
     """Generate and grade one chunk."""
-    picks = sampling.picks(chunk)
-    problems = [problem for problem, _ in picks]
-    completions = engine.generate(
+    completions = generate_chunk(sampling, chunk, engine=engine)
+    return grade_chunk(sampling, chunk, completions, rewarder=rewarder, tokenizer=tokenizer)
+
+
+def generate_chunk(sampling: Sampling, chunk: int, *, engine: RolloutEngine) -> list[Completion]:
+    problems = [problem for problem, _ in sampling.picks(chunk)]
+    return engine.generate(
         [sampling.request(problem) for problem in problems],
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=sampling.chunk_seed(chunk),
         weights_version=engine.weights_version,
     )
+
+
+def grade_chunk(
+    sampling: Sampling,
+    chunk: int,
+    completions: Sequence[Completion],
+    *,
+    rewarder: Rewarder,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Sample]:
+    picks = sampling.picks(chunk)
+    problems = [problem for problem, _ in picks]
     texts = [response_text(tokenizer, completion) for completion in completions]
     scores = rewarder.score(texts, problems)
     return [
@@ -170,9 +191,38 @@ def write_chunk(folder: Path, chunk: int, samples: Sequence[Sample]) -> None:
     write_whole(chunk_file(folder, chunk), "".join(lines))
 
 
-def read_samples(folder: Path, sampling: Sampling) -> Iterator[Sample]:
+def read_samples(
+    folder: Path, sampling: Sampling, kind: type[AnySample] = Sample
+) -> Iterator[AnySample]:
     """All samples, in order, of chunks that are all there."""
     for chunk in range(sampling.num_chunks):
         with chunk_file(folder, chunk).open(encoding="utf-8") as lines:
             for line in lines:
-                yield Sample(**json.loads(line))
+                yield kind(**json.loads(line))
+
+
+def share_chunks(
+    chunks: Sequence[int],
+    make: Callable[[int], None],
+    *,
+    label: str,
+    num_chunks: int,
+    engine: RolloutEngine,
+    world: World,
+) -> None:
+    """Let each rank make its part of `chunks`; rank 0 tells how far it is. Collective.
+
+    Args:
+        make: generates, grades and writes a chunk.
+        label: what the chunks are of.
+        num_chunks: those that are there already included.
+    """
+    own = list(world.shard(chunks))
+    for turn in range(-(-len(chunks) // world.size)):
+        if turn < len(own):
+            make(own[turn])
+        elif engine.is_collective:  # its peers wait for it
+            engine.generate([], temperature=1.0, seed=0, weights_version=0)
+        if world.is_main:
+            done = num_chunks - max(0, len(chunks) - (turn + 1) * world.size)
+            print(f"{label}: {done} of {num_chunks} chunks", file=sys.stderr, flush=True)

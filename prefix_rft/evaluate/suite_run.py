@@ -6,7 +6,6 @@ Ranks share the chunks of each benchmark, and the weights as in training.
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,12 +18,12 @@ from prefix_rft.checks import require
 from prefix_rft.config import CONFIG_FILE, Config, load_config, model_at, run_folder_of
 from prefix_rft.data import load_rows, problems_from_rows
 from prefix_rft.evaluate.chunks import (
-    Sample,
     Sampling,
     claim,
     missing_chunks,
     read_samples,
     sample_chunk,
+    share_chunks,
     write_chunk,
 )
 from prefix_rft.evaluate.page import write_page
@@ -217,22 +216,17 @@ def _sample(
     tokenizer: PreTrainedTokenizerBase,
     world: World,
 ) -> None:
-    own = list(world.shard(chunks))
     reward = replace(config.reward, function=None, functions={})
     with Rewarder(reward, answer_pattern=job.suite.answer_pattern) as rewarder:
-        for turn in range(-(-len(chunks) // world.size)):
-            if turn < len(own):
-                samples: list[Sample] = sample_chunk(
-                    job.sampling, own[turn], engine=engine, rewarder=rewarder, tokenizer=tokenizer
-                )
-                write_chunk(job.folder(folder), own[turn], samples)
-            elif engine.is_collective:  # its peers wait for it
-                engine.generate([], temperature=1.0, seed=0, weights_version=0)
-            if world.is_main:
-                left = max(0, len(chunks) - (turn + 1) * world.size)
-                done = job.sampling.num_chunks - left
-                told = f"{job.label}: {done} of {job.sampling.num_chunks} chunks"
-                print(told, file=sys.stderr, flush=True)
+
+        def make(chunk: int) -> None:
+            samples = sample_chunk(
+                job.sampling, chunk, engine=engine, rewarder=rewarder, tokenizer=tokenizer
+            )
+            write_chunk(job.folder(folder), chunk, samples)
+
+        total = job.sampling.num_chunks
+        share_chunks(chunks, make, label=job.label, num_chunks=total, engine=engine, world=world)
 
 
 def _for_model(config: Config, model: str, options: SuiteOptions) -> Config:

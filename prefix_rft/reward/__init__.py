@@ -3,7 +3,7 @@
 from prefix_rft.reward.answers import plain_number
 from prefix_rft.reward.grader import Grader, RewardError, extract_answer, grader_info
 from prefix_rft.reward.length import overlong_penalty
-from prefix_rft.reward.response import response_text
+from prefix_rft.reward.response import response_ids, response_text
 from prefix_rft.reward.reward import Rewarder, Score
 from prefix_rft.reward.scoring import Scoring
 from prefix_rft.reward.spelling import clean_answer
@@ -19,5 +19,6 @@ __all__ = [
     "grader_info",
     "overlong_penalty",
     "plain_number",
+    "response_ids",
     "response_text",
 ]

@@ -19,9 +19,14 @@ def response_text(
     Other special tokens stay: a `</think>` that is one tells thought from answer.
     """
     hidden = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
-    ids = [*prefix_ids, *completion.token_ids]
-    if completion.token_ids and completion.finish_reason == "stop":
-        last = tokenizer.added_tokens_decoder.get(ids[-1])
-        if last is not None:  # the end of a turn, special or not
-            ids.pop()
+    ids = [*prefix_ids, *response_ids(tokenizer, completion)]
     return tokenizer.decode([token for token in ids if token not in hidden])
+
+
+def response_ids(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> tuple[int, ...]:
+    """The tokens of a completion but for the end of its turn, special or not."""
+    ids = completion.token_ids
+    if not ids or completion.finish_reason != "stop":
+        return ids
+    is_end = ids[-1] in tokenizer.added_tokens_decoder or ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if is_end else ids
