@@ -146,7 +146,7 @@ class Demonstrate:
     """
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """The teacher: a run folder or its checkpoint, whose configuration is used, a folder or hub id."""
+    """The teacher: a run or its checkpoint, whose configuration is used; a folder, or a hub id."""
     out: Path
     """The parquet file to write."""
     num_samples: int = 4
