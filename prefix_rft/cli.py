@@ -113,14 +113,15 @@ class Eval:
             return self._run_held_out()
         from prefix_rft.evaluate import SuiteOptions, run_suites
 
-        names = [
-            field.name for field in fields(SuiteOptions) if field.name not in ("names", "data")
-        ]
-        options = {name: getattr(self, name) for name in names}
+        named = {field.name for field in fields(SuiteOptions)} & {f.name for f in fields(self)}
         run_suites(
             self.overrides,
             [_model_folder(model) for model in self.models],
-            SuiteOptions(names=self.suite, data=self.suite_data, **options),
+            SuiteOptions(
+                names=self.suite,
+                data=self.suite_data,
+                **{name: getattr(self, name) for name in named},
+            ),
             self.out,
             prints=_is_main_rank(),
         )

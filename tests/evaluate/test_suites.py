@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,24 @@ def test_killed_in_the_middle_it_ends_with_the_same_numbers(config, tmp_path: Pa
         process.wait()
     assert start().wait() == 0
     assert texts(tmp_path / "killed") == texts(tmp_path / "whole")
+
+
+def test_the_command_evaluates_and_compares(config, tmp_path: Path, capsys) -> None:
+    from prefix_rft.cli import main
+
+    shutil.copytree(config.model.path, tmp_path / "other")
+    data = str(tmp_path / "benchmarks.jsonl")
+    arguments = ["--suite", "aime24,math500", "--suite-data", data, "--num-samples", "2"]
+    arguments += ["--max-tokens", "8", "--pass-at", "2", "--prompt", "none", "--greedy"]
+    models = [config.model.path, str(tmp_path / "other")]
+    assert main(["eval", *models, *arguments, "--out", str(tmp_path / "evals")]) == 0
+    out = capsys.readouterr().out
+    assert "avg@2" in out and "pass@2" in out and "math500_greedy" in out
+    assert "paired over problems" in out and "+0.0 – +0.0" in out  # the same model twice
+    assert main(["eval", *models, *arguments, "--pass-at", "4"]) == 2
+    assert "--pass-at: expected k from 1 to the 2 samples" in capsys.readouterr().err
+    assert main(["eval", "--suite", "list"]) == 0
+    assert "olympiad" in capsys.readouterr().out
 
 
 def test_samples_of_another_protocol_are_refused(config, tmp_path: Path) -> None:
