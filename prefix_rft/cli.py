@@ -244,6 +244,8 @@ class Doctor:
     """Processes that torchrun will start on all machines together; the plan is for one of them."""
     device_gib: float | None = None
     """Plan for a CUDA device with this much memory; None: for the device of this machine."""
+    rehearse: bool = False
+    """Take one worst-case step on this machine's device, with made-up data, and print its peaks."""
     overrides: Overrides
 
     def run(self) -> int:
@@ -253,10 +255,25 @@ class Doctor:
             value = getattr(self, option)
             if value is not None and value <= 0:
                 raise UserError(f"--{option.replace('_', '-')}: expected above 0, got {value}")
+        if self.rehearse:
+            return self._rehearse()
         print_diagnosis(self.overrides)
         if self.config is None:
             return 0
         print_memory(self.overrides, num_processes=self.num_processes, device_gib=self.device_gib)
+        return 0
+
+    def _rehearse(self) -> int:
+        if self.config is None:
+            raise UserError("--rehearse: expected a CONFIG, got none")
+        if self.num_processes != 1 or self.device_gib is not None:
+            raise UserError(
+                "--rehearse: runs on the devices that are there; expected no --num-processes "
+                "(start it with torchrun) and no --device-gib"
+            )
+        from prefix_rft.train import print_rehearsal
+
+        print_rehearsal(self.overrides)
         return 0
 
 

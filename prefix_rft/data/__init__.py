@@ -1,6 +1,6 @@
 """Datasets to problems; the testbed, and the small base model that is trained here."""
 
-from prefix_rft.data.base_model import resolve_base
+from prefix_rft.data.base_model import resolve_base, untrained_base
 from prefix_rft.data.flat import FlatRows, begun_thought
 from prefix_rft.data.load_report import LoadReport
 from prefix_rft.data.problems import batch_indices, load_problems, problems_from_rows
@@ -15,4 +15,5 @@ __all__ = [
     "load_rows",
     "problems_from_rows",
     "resolve_base",
+    "untrained_base",
 ]

@@ -74,6 +74,15 @@ def resolve_base(config: Config) -> Path | str:
     return build_base(base, tokenizer, corpus, config.data_seed)
 
 
+def untrained_base(config: BaseConfig, folder: Path) -> Path:
+    """A model and tokenizer of the sizes of a base, with random weights, in `folder`."""
+    tokenizer = train_tokenizer([], config.vocab_size)
+    model = _make_model(config, tokenizer, seed=0, vocab_size=config.vocab_size)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _row_texts(config: Config) -> list[str]:
     rows = load_rows(config.data.path, config.data.split)
     layout = find_map(
@@ -179,13 +188,16 @@ def _encode(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, max_length: int)
 
 
 def _make_model(
-    config: BaseConfig, tokenizer: PreTrainedTokenizerFast, seed: int
+    config: BaseConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    vocab_size: int | None = None,
 ) -> Qwen2ForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(
             Qwen2Config(
-                vocab_size=len(tokenizer),
+                vocab_size=vocab_size or len(tokenizer),
                 hidden_size=config.hidden_size,
                 num_hidden_layers=config.num_layers,
                 num_attention_heads=config.num_heads,

@@ -30,6 +30,10 @@ class RolloutEngine(Protocol):
         """Free memory for training; `update_weights` may be needed before the next `generate`."""
         ...
 
+    def ignore_ends(self) -> None:
+        """Generate each response to its full length from now on, whatever would end it."""
+        ...
+
     def close(self) -> None:
         """Shut down what the engine started, while its ranks can still communicate. Collective."""
         ...

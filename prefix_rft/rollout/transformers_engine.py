@@ -73,6 +73,10 @@ class TransformersEngine:
     def sleep(self) -> None:
         """Nothing to free: the weights are the trainer's, and no cache outlives `generate`."""
 
+    def ignore_ends(self) -> None:
+        """See `RolloutEngine.ignore_ends`."""
+        self._eos_token_ids, self._stop_text = (_NOT_FORCED,), None  # no token has that id
+
     def close(self) -> None:
         """Nothing to shut down."""
 

@@ -74,6 +74,10 @@ class VLLMBase:
         """Start vLLM, or connect to it. Collective."""
         raise NotImplementedError
 
+    def ignore_ends(self) -> None:
+        """See `RolloutEngine.ignore_ends`; vLLM is asked to ignore the model's own ends anyway."""
+        self._stop_token_ids, self._stop_text = [], None
+
     def _cut(self, completion: Completion) -> Completion:
         return completion if self._stop_text is None else self._stop_text.cut(completion)
 

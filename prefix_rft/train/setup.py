@@ -35,7 +35,7 @@ class Setup:
         self.config = config
         self.model_path = model_path
         self.world = world
-        _check_length(config, model_path)
+        check_length(config, model_path)
         self.tokenizer = load_tokenizer(model_path, config.model.chat_template)
         eos_token_id = end_of_response_id(self.tokenizer)
         method = make_method(config, eos_token_id=eos_token_id)
@@ -65,7 +65,7 @@ class Setup:
             ConfigError: the method cannot learn from these problems, or micro-batches are too long.
         """
         check_micro_batches(self.policy.model, self.config.trainer.micro_batch_tokens)
-        config, problems = _for_method(self.config, self.data.train)
+        config, problems = for_method(self.config, self.data.train)
         return Trainer(
             config,
             policy=self.policy,
@@ -112,7 +112,7 @@ class Setup:
         return summarize(answers) | suites | {"grader": self.rewarder.info()}
 
 
-def _for_method(config: Config, problems: list[Problem]) -> tuple[Config, list[Problem]]:
+def for_method(config: Config, problems: list[Problem]) -> tuple[Config, list[Problem]]:
     """The problems that the method learns from, and the configuration with the steps they take.
 
     Raises:
@@ -144,7 +144,7 @@ def position_limit(config: Config, model_path: Path | str) -> int | None:
     return getattr(text_config, "max_position_embeddings", None)
 
 
-def _check_length(config: Config, model_path: Path | str) -> None:
+def check_length(config: Config, model_path: Path | str) -> None:
     limit = position_limit(config, model_path)
     longest = max_sequence_length(config)
     if limit is not None and longest > limit:

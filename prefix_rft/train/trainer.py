@@ -103,22 +103,7 @@ class Trainer:
         """
         step_metrics = StepMetrics()
         with step_metrics.phase("step"):
-            groups = self.rollouts(step_metrics, interrupt)
-            mini_batches = self.method.mini_batches(groups, self.step_index)
-            packed = [(each, self.pack(each, step_metrics)) for each in mini_batches]
-            for name, config in self.optimizer_configs.items():
-                lr = learning_rate(self.step_index, config, self.config.trainer.num_steps)
-                set_learning_rate(self.optimizers[name], lr)
-                step_metrics.add("optim/lr" if name == POLICY else f"optim/{name}_lr", lr)
-            updates: list[Update] = []
-            for mini_batch, batch in packed:
-                if batch is None:
-                    continue
-                has_moved = bool(updates)
-                updates.append(self.update(mini_batch, batch, step_metrics, has_moved=has_moved))
-            self.step_index += 1
-            if self.reference is not None:
-                self.reference.follow(self.policy, self.step_index)
+            groups, updates = self.advance(step_metrics, interrupt)
         measure_rollouts(step_metrics, groups)
         measure_updates(step_metrics, groups, updates)
         for figure in self.method.figures(groups, updates, self.has_answer):
@@ -126,6 +111,28 @@ class Trainer:
         metrics = step_metrics.result()
         metrics |= throughput(metrics, updates)
         return metrics, describe_group(groups, updates, self.tokenizer)
+
+    def advance(
+        self, step_metrics: StepMetrics, interrupt: Interrupt
+    ) -> tuple[list[Group], list[Update]]:
+        """Sample, update, count the step; of its figures only times and memory are taken."""
+        groups = self.rollouts(step_metrics, interrupt)
+        mini_batches = self.method.mini_batches(groups, self.step_index)
+        packed = [(each, self.pack(each, step_metrics)) for each in mini_batches]
+        for name, config in self.optimizer_configs.items():
+            lr = learning_rate(self.step_index, config, self.config.trainer.num_steps)
+            set_learning_rate(self.optimizers[name], lr)
+            step_metrics.add("optim/lr" if name == POLICY else f"optim/{name}_lr", lr)
+        updates: list[Update] = []
+        for mini_batch, batch in packed:
+            if batch is None:
+                continue
+            has_moved = bool(updates)
+            updates.append(self.update(mini_batch, batch, step_metrics, has_moved=has_moved))
+        self.step_index += 1
+        if self.reference is not None:
+            self.reference.follow(self.policy, self.step_index)
+        return groups, updates
 
     def has_answer(self, token_ids: Sequence[int]) -> bool:
         return self.rewarder.has_answer(self.tokenizer.decode(token_ids))
