@@ -51,9 +51,11 @@ def liger_ops() -> ModuleType:
     return pytest.importorskip("liger_kernel.ops", reason="Liger is not installed")
 
 
-def targets(options: dict[str, Any]) -> Tensor:
-    """[T], three of them not in the loss."""
+def targets(options: dict[str, Any], logits: Tensor | None = None) -> Tensor:
+    """[T], three of them not in the loss, and with logits some of the others the likeliest."""
     found = torch.randint(6, V, (T,), generator=seeded(3))
+    if logits is not None:
+        found[::3] = logits.detach().argmax(-1)[::3].clamp(min=6)
     found[2:5] = options.get("ignore_index", -100)
     return found
 
@@ -87,7 +89,7 @@ def documented(
     loss = torch.where(counted, (nll * weights + z_loss) * scale, 0)
     z_loss = torch.where(counted, z_loss * scale, 0).detach()
     predicted = torch.where(counted, z.argmax(-1), -1)
-    correct = (predicted == target).to(loss)
+    correct = (predicted == target).float()  # as counts are, in any dtype
     accuracy = correct.sum() / counted.sum()
     if reduction != "none":
         loss, z_loss = loss.sum(), z_loss.sum()
@@ -109,13 +111,14 @@ def results(found: tuple[Tensor | None, ...], wrt: list[Tensor]) -> list[Tensor 
 def from_logits(function: Any, name: str, dtype: torch.dtype) -> list[Tensor | None]:
     options = dict(CASES[name])
     leaf = random(T, V, seed=0, scale=2.0).to(dtype).requires_grad_()
+    target = targets(options, leaf)
     weight = class_weights().to(dtype) if options.pop("weight", False) else None
     if hasattr(function, "apply"):
         names = list(DEFAULTS)
         values = (options.get(n, DEFAULTS[n]) for n in names)
-        found = function.apply(leaf * 1, targets(options), weight, *values)
+        found = function.apply(leaf * 1, target, weight, *values)
     else:
-        found = function(leaf, targets(options), weight, **options)
+        found = function(leaf, target, weight, **options)
     return results(found, [leaf])
 
 
@@ -124,7 +127,7 @@ def from_hidden_states(function: Any, name: str, dtype: torch.dtype) -> list[Ten
     hidden, weight, bias, _ = (x.detach().to(dtype) for x in head(T))
     wrt = [x.requires_grad_() for x in (hidden, weight, bias)]
     ce_weight = class_weights().to(dtype) if options.pop("weight", False) else None
-    target = targets(options)
+    target = targets(options, torch.nn.functional.linear(hidden, weight, bias))
     if hasattr(function, "apply"):
         values = [options.get(n, default) for n, default in LINEAR_DEFAULTS.items()]
         found = function.apply(hidden, weight, target, bias, ce_weight, *values)
