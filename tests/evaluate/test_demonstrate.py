@@ -18,7 +18,8 @@ from prefix_rft.data import FlatRows, begun_thought, load_problems, problems_fro
 from prefix_rft.data.columns import DataError
 from prefix_rft.evaluate import DemonstrateOptions, demonstrate, demonstrations
 from prefix_rft.model import load_tokenizer
-from tests.tiny import CHAT_TEMPLATE, make_run, make_tokenizer
+from prefix_rft.train import train
+from tests.tiny import CHAT_TEMPLATE, make_model, make_run, make_tokenizer
 
 NUM_TRAIN, NUM_EVAL = 8, 4
 DEFAULTS = {"num_samples": 8, "temperature": 1.0, "chunk_size": 10}
@@ -30,6 +31,10 @@ def is_a_to_m(completions: list[str], **columns: object) -> list[float]:
         float(text[:1] in set("abcdefghijklm") and int(answer) % 4 == 0)
         for text, answer in zip(completions, columns["answer"], strict=True)
     ]
+
+
+def begins_as_taught(completions: list[str], **columns: object) -> list[float]:
+    return [float(text[:1] in set("abcdefghijklm")) for text in completions]
 
 
 @pytest.fixture
@@ -91,6 +96,33 @@ def test_a_run_reads_what_was_made_and_holds_out_the_same(config, tmp_path: Path
         assert 1 not in problem.demonstration_ids  # <eos>
     total = sum(len(p.demonstration_ids) for p in with_one.values())
     assert counts.mean_tokens == total / len(with_one)
+
+
+def test_held_out_problems_of_another_file_are_not_copied(config, tmp_path: Path) -> None:
+    other = replace(config, data=replace(config.data, eval_path=config.data.path))
+    asked = options(tmp_path)
+    counts = demonstrate(other, config.model.path, asked)
+    assert (counts.num_problems, counts.num_held_out) == (NUM_TRAIN + NUM_EVAL, 0)
+    assert pq.read_table(asked.out).num_rows == NUM_TRAIN + NUM_EVAL
+
+
+def test_a_fresh_base_learns_what_the_teacher_does(config, tmp_path: Path) -> None:
+    asked = options(tmp_path, num_samples=64, keep="all", only_solved=True, chunk_size=256)
+    rows = made(config, asked)
+    demonstrations = [row["demonstration"] for row in rows if row["demonstration"]]
+    assert len(demonstrations) > 8
+    student = make_run(
+        tmp_path / "student",
+        data={"path": str(asked.out)},
+        method={"name": "sft"},
+        optimizer={"lr": 1e-2},
+        eval={"num_samples": 32},
+        trainer={"num_steps": 12, "prompts_per_step": 8, "prompts_per_update": 8},
+        reward={"function": f"{__name__}:begins_as_taught"},
+    )
+    make_model(len(make_tokenizer()), seed=1).save_pretrained(student.model.path)
+    summary = train(student)
+    assert summary["trained"]["avg@32"] >= summary["base"]["avg@32"] + 0.3
 
 
 @pytest.mark.parametrize("keep", ["shortest", "first", "all"])

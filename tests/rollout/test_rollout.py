@@ -96,6 +96,17 @@ def test_texts_end_completions_as_if_cut_afterwards(
     assert num_cut > 3 and stop_text.cut(completions[0]) == completions[0]
 
 
+def test_without_ends_each_completion_has_its_full_length(tiny_model, tiny_tokenizer):
+    requests = make_requests(24)
+    stop_text = StopText(tiny_tokenizer, ["a", "e"])
+    engine = make_engine(tiny_model, eos=range(0, 100, 12), stop_text=stop_text)
+    ended = generate(engine, requests)
+    assert sum(completion.finish_reason == "stop" for completion in ended) > 3
+    engine.ignore_ends()
+    budgets = [request.max_new_tokens for request in requests]
+    assert [len(completion.token_ids) for completion in generate(engine, requests)] == budgets
+
+
 def test_a_text_that_ends_all_completions_ends_generation(tiny_model, tiny_tokenizer, monkeypatch):
     request = RolloutRequest(prompt_ids=(5, 6), max_new_tokens=200)
     (whole,) = generate(make_engine(tiny_model, eos=(VOCAB,)), [request], temperature=0.0)

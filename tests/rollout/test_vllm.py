@@ -67,6 +67,11 @@ def test_budgets_and_stopping(engine):
     assert reasons == {"stop", "length"}
 
 
+def test_without_ends_each_completion_has_its_full_length(engine):
+    assert engine["ended_early"] > 3
+    assert engine["endless"] == engine["budgets"]
+
+
 def test_greedy_completions_are_those_of_the_transformers_engine(engine):
     assert engine["greedy"] == engine["greedy_expected"]
     assert {reason for _, reason in engine["greedy"]} == {"stop", "length"}

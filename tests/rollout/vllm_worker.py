@@ -187,6 +187,11 @@ def engine(found: dict) -> None:
     found["gap_untied"] = log_prob_gap(
         Policy(model, temperature=0.7, vocab_size=VOCAB), requests, untied
     )
+    again.ignore_ends()
+    endless = generate(again, requests, temperature=0.7)
+    found["ended_early"] = sum(c.finish_reason == "stop" for c in untied)
+    found["endless"] = [len(completion.token_ids) for completion in endless]
+    found["budgets"] = [request.max_new_tokens for request in requests]
     again.close()
 
 

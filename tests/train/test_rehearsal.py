@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prefix_rft import cli
-from prefix_rft.config import save_config
+from prefix_rft.config import Config, save_config
 from prefix_rft.data_types import MiniBatch, Problem, Segment, TrainRow
 from prefix_rft.methods import METHODS
 from prefix_rft.model import Policy, World
@@ -32,7 +32,7 @@ def files(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def worst_run(folder: Path, **sections: dict):
+def worst_run(folder: Path, **sections: dict) -> Config:
     """A tiny run whose step is 4 prompts x 4 rollouts in two updates, in several micro-batches."""
     return make_run(
         folder, **{"trainer": {"micro_batch_tokens": BUDGET, "num_steps": 4}} | sections
@@ -54,7 +54,7 @@ def test_the_phases_are_those_of_a_step_and_everything_is_at_its_limit(tmp_path:
     assert done.micro_batch_tokens == BUDGET
     with (
         World() as world,
-        Setup(replace(config, method=config.method), config.model.path, world) as setup,
+        Setup(config, config.model.path, world) as setup,
         Interrupt(world) as interrupt,
     ):
         metrics, _ = setup.trainer().train_step(interrupt)
