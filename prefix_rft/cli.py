@@ -176,7 +176,7 @@ class Demonstrate:
         if _is_main_rank():
             print(*counts.lines(), sep="\n")
             if counts.num_kept:
-                print(f"wrote {self.out}")
+                print(f"the demonstrations are in {self.out}")
             else:
                 print(f"no demonstration: {self.out} is not written", file=sys.stderr)
         return 0 if counts.num_kept else 1

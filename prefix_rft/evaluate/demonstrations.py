@@ -104,6 +104,8 @@ def demonstrate(config: Config, model: str, options: DemonstrateOptions) -> Coun
         file_identity["rows"] = _digest(flat.row(p, None) for p in [*data.train, *held_out])
         made = world.broadcast(lambda: finished(options.out, file_identity))
         if made is not None:
+            if world.is_main:
+                print(f"{options.out} is there already: nothing to do", file=sys.stderr)
             return made
         world.broadcast(lambda: claim(options.folder, identity))
         missing = world.broadcast(lambda: missing_chunks(options.folder, sampling))
