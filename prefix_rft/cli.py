@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -235,6 +236,40 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Grade:
+    """Grade the responses of a file: one JSON line each to stdout, a summary to stderr."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE.jsonl")]
+    """A line for each response: {"answer": the gold answer, "response": the text}."""
+    answer_pattern: str = "boxed"
+    """Where a response has its answer: boxed, or the marker that it follows, such as "####"."""
+    num_workers: int = 2
+    """Grader processes."""
+    timeout_s: float = 5.0
+    """Seconds that one answer may take."""
+    memory_mib: int = 1024
+    """Memory that a grader process may use."""
+
+    def run(self) -> int:
+        from prefix_rft.reward import grade_file
+
+        if not self.answer_pattern:
+            raise UserError("--answer-pattern: expected boxed or a marker, got nothing")
+        for option in ("num_workers", "timeout_s", "memory_mib"):
+            value = getattr(self, option)
+            if not 0 < value < math.inf:
+                raise UserError(f"--{option.replace('_', '-')}: expected above 0, got {value}")
+        grade_file(
+            self.file,
+            answer_pattern=self.answer_pattern,
+            num_workers=self.num_workers,
+            timeout_s=self.timeout_s,
+            memory_mib=self.memory_mib,
+        )
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Show what is installed, what a run will use, and how much memory it needs."""
 
@@ -311,7 +346,7 @@ class Compare:
         )
 
 
-Command = Train | Eval | Demonstrate | Serve | Export | Report | Doctor | Compare
+Command = Train | Eval | Demonstrate | Serve | Export | Report | Grade | Doctor | Compare
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -349,6 +384,7 @@ def parse(argv: Sequence[str]) -> Command:
         | Annotated[Serve, subcommand("serve", default=Serve(config=missing, overrides=config))]
         | Annotated[Export, subcommand("export")]
         | Annotated[Report, subcommand("report")]
+        | Annotated[Grade, subcommand("grade")]
         | Annotated[Doctor, subcommand("doctor", default=Doctor(overrides=config))]
         | Annotated[Compare, subcommand("compare")],
         prog="prefix-rft",

@@ -7,6 +7,7 @@ from prefix_rft.reward.response import response_ids, response_text
 from prefix_rft.reward.reward import Rewarder, Score
 from prefix_rft.reward.scoring import Scoring
 from prefix_rft.reward.spelling import clean_answer
+from prefix_rft.reward.verdicts import Verdict, grade, grade_file, verdicts
 
 __all__ = [
     "Grader",
@@ -14,11 +15,15 @@ __all__ = [
     "Rewarder",
     "Score",
     "Scoring",
+    "Verdict",
     "clean_answer",
     "extract_answer",
+    "grade",
+    "grade_file",
     "grader_info",
     "overlong_penalty",
     "plain_number",
     "response_ids",
     "response_text",
+    "verdicts",
 ]

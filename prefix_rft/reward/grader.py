@@ -11,21 +11,30 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from prefix_rft.checks import UserError
-from prefix_rft.reward.answers import MAX_ANSWER_CHARS, compare_quickly, plain_number, read_answer
+from prefix_rft.reward.answers import (
+    MAX_ANSWER_CHARS,
+    Decision,
+    decide,
+    plain_number,
+    read_answer,
+)
 from prefix_rft.reward.number import RELATIVE_TOLERANCE
 from prefix_rft.reward.spelling import clean_answer, last_boxed
 
 if TYPE_CHECKING:
     from prefix_rft.data_types import RewardStatus
 
-RULES_VERSION = 1  # raised with every change by which an answer can be graded differently
+RULES_VERSION = 2  # raised with every change by which an answer can be graded differently
 LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy")
+MAX_RAW_CHARS = 16 * 1024  # of an answer before it is cleaned; a longer one is not
+AHEAD = 64  # answers that are read ahead of the oldest without a decision, a worker
 START_TIMEOUT_S = 120.0  # for a worker process to get ready for its first question
 
 _log = logging.getLogger(__name__)
@@ -45,23 +54,27 @@ def grader_info() -> dict[str, str | int | float]:
     }
 
 
-def extract_answer(text: str, pattern: str) -> str | None:
+def extract_answer(text: str, pattern: str | None) -> str | None:
     r"""The cleaned answer of a response, or None if it has no answer.
 
-    Only the text after the last `</think>` is searched, or all of it without one.
+    Only the text after the last `</think>` is searched, or all of it without one. An answer of more
+    than `MAX_RAW_CHARS` is not cleaned; it is wrong in any case.
 
     Args:
         text: the response.
         pattern: "boxed" for the last balanced `\boxed{}`, or a marker such as "####" for the rest
-            of the line after its last occurrence.
+            of the line after its last occurrence; None: the text is the answer.
     """
-    text = text.rpartition("</think>")[2]
-    if pattern == "boxed":
-        found = last_boxed(text)
+    if pattern is None:
+        found = text
+    elif pattern == "boxed":
+        found = last_boxed(text.rpartition("</think>")[2])
     else:
-        _, marker, rest = text.rpartition(pattern)
+        _, marker, rest = text.rpartition("</think>")[2].rpartition(pattern)
         found = rest.strip().partition("\n")[0] if marker else None
-    return (clean_answer(found) or None) if found is not None else None
+    if found is None or len(found) > MAX_RAW_CHARS:
+        return found
+    return clean_answer(found) or None
 
 
 class _Worker:
@@ -95,6 +108,17 @@ class _Worker:
             with suppress(BrokenPipeError):
                 stream.close()
         return errors.strip()
+
+
+def _question(pair: tuple[str, str | None]) -> dict[str, str] | Decision:
+    """A decision, or the question for a worker."""
+    gold, answer = pair
+    if answer is None:
+        return Decision("no_answer", "no_answer")
+    decision = decide(gold, answer)
+    if decision is not None:
+        return decision
+    return {"gold": read_answer(gold).text, "answer": read_answer(answer).text}
 
 
 class Grader:
@@ -135,21 +159,25 @@ class Grader:
         Raises:
             RewardError: a worker cannot be started.
         """
-        statuses: list[RewardStatus | None] = []
-        for gold, answer in zip(golds, answers, strict=True):
-            agree = compare_quickly(gold, answer)
-            statuses.append(None if agree is None else "correct" if agree else "wrong")
-        hard = [i for i, status in enumerate(statuses) if status is None]
-        replies = self._ask(
-            [
-                {"gold": read_answer(golds[i]).text, "answer": read_answer(answers[i]).text}
-                for i in hard
-            ]
-        )
+        pairs = zip(golds, answers, strict=True)
+        return [decision.status for decision in self.decisions(pairs)]
+
+    def decisions(self, pairs: Iterable[tuple[str, str | None]]) -> Iterator[Decision]:
+        """For each pair of a cleaned gold answer and a cleaned answer, in order.
+
+        Only some pairs are read ahead of the one whose decision is next, so any number of them can
+        be graded.
+
+        Raises:
+            RewardError: a worker cannot be started.
+        """
         words = {True: "correct", False: "wrong"}
-        for i, reply in zip(hard, replies, strict=True):
-            statuses[i] = words.get(reply, reply)
-        return statuses
+        with closing(self._ask(map(_question, pairs))) as replies:
+            for reply in replies:
+                if isinstance(reply, Decision):
+                    yield reply
+                else:
+                    yield Decision(words.get(reply, reply), "math_verify")
 
     def parseable(self, golds: Sequence[str]) -> list[bool]:
         """For each cleaned gold answer, whether answers can be compared with it.
@@ -159,7 +187,8 @@ class Grader:
         """
         hard = list(dict.fromkeys(g for g in golds if plain_number(g) is None))
         short = [gold for gold in hard if len(gold) <= MAX_ANSWER_CHARS]
-        replies = self._ask([{"gold": read_answer(gold).text, "answer": None} for gold in short])
+        texts = (read_answer(gold).text for gold in short)
+        replies = self._ask({"gold": text, "answer": None} for text in texts)
         parsed = {gold: reply is True for gold, reply in zip(short, replies, strict=True)}
         return [plain_number(gold) is not None or parsed.get(gold, False) for gold in golds]
 
@@ -173,26 +202,42 @@ class Grader:
         self._workers.remove(worker)
         return worker.end()
 
-    def _ask(self, questions: Sequence[dict[str, str | None]]) -> list[bool | str]:
-        """The reply to each question: the worker's, or "timeout" or "error"."""
-        replies: list[bool | str | None] = [None] * len(questions)
-        waiting = deque(range(len(questions)))
-        num_open = len(questions)
+    def _ask(self, questions: Iterable[dict | Decision]) -> Iterator[bool | str | Decision]:
+        """The reply to each question, in order: the worker's, or "timeout" or "error".
+
+        What is decided already goes through as it is.
+        """
+        unread = enumerate(questions)
+        replies: dict[int, bool | str | Decision] = {}
+        asked: dict[int, dict] = {}
+        waiting: deque[int] = deque()
+        num_read = num_out = 0
         try:
-            while num_open:
-                self._hand_out(questions, waiting)
-                for task, reply in self._collect():
-                    replies[task] = reply
-                    num_open -= 1
+            while True:
+                room = AHEAD * len(self._workers) - (num_read - num_out)
+                for i, question in islice(unread, room):
+                    num_read = i + 1
+                    if isinstance(question, Decision):
+                        replies[i] = question
+                    else:
+                        asked[i] = question
+                        waiting.append(i)
+                if num_out == num_read:
+                    return
+                self._hand_out(asked, waiting)
+                while num_out in replies:
+                    yield replies.pop(num_out)
+                    num_out += 1
+                for task, reply in self._collect() if num_out < num_read else ():
+                    question, replies[task] = asked.pop(task), reply
                     if reply in ("timeout", "error"):
-                        _log.info("grader %s on %.200r", reply, questions[task])
+                        _log.info("grader %s on %.200r", reply, question)
         finally:
             # After an exception: a late reply must not be taken for that of the next question.
             for worker in [worker for worker in self._workers if worker.task is not None]:
                 self._replace(worker)
-        return replies
 
-    def _hand_out(self, questions: Sequence[dict], waiting: deque[int]) -> None:
+    def _hand_out(self, questions: dict[int, dict], waiting: deque[int]) -> None:
         for worker in [worker for worker in self._workers if worker.is_idle]:
             if not waiting:
                 return

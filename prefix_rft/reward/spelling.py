@@ -7,6 +7,13 @@ _brace = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _bare_box = re.compile(r"\\boxed(?:\s+|(?=[0-9]))([+-]?(?:\.?[0-9]|\\[a-z])[^\s$]*)")
 
 _delimiters = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+_fraction = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
+_side = re.compile(r"\\(?:left|right) ?(?=[()\[\]|]|\\[{}|])")
+_script = re.compile(r"([\^_]) ?\{ ?(\w) ?\}")
+# Not between words, nor in a list of numbers: 1, 234 is none.
+_no_meaning = re.compile(
+    r"(?<![a-zA-Z0-9]) (?!(?<=[0-9], )[0-9])|(?<=[0-9]) (?=[a-zA-Z])| (?![\w])"
+)
 _bold = re.compile(r"(?<![\w)}\]])\*\*(.+?)\*\*")
 _no_space = re.compile(r"\s*(?<!\\)\\!\s*")
 _space = re.compile(r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-zA-Z]))|~")
@@ -68,7 +75,8 @@ def clean_answer(answer: str) -> str:
     """
     if not answer.isascii():
         answer = _spelled(answer)
-    answer = _space.sub(" ", _no_space.sub("", answer))
+    # Single spaces first: the patterns look through a run of them from each of its places.
+    answer = _space.sub(" ", _no_space.sub("", " ".join(answer.split())))
     answer = _bold.sub(r"\1", " ".join(answer.split()))
     answer = answer.removeprefix("**").removesuffix("**").strip("` ")
     for opening, closing in _delimiters:
@@ -83,6 +91,12 @@ def clean_answer(answer: str) -> str:
         unit = _currencies.get(sign[2], "dollars")
         answer = f"{sign[1]}{answer[sign.end() :].removesuffix('.')} \\text{{{unit}}}"
     return answer.replace("\\$", "").replace("$", "").strip().removesuffix(".").rstrip()
+
+
+def canonical(answer: str) -> str:
+    """A cleaned answer without what makes no difference in LaTeX; two that are the same say it."""
+    answer = _fraction.sub(r"\\frac", _side.sub("", answer))
+    return _no_meaning.sub("", _script.sub(r"\1\2", answer))
 
 
 def _spelled(text: str) -> str:

@@ -6,6 +6,7 @@ answer matches the gold answer or, without an answer, whether the gold answer pa
 output line is `"ready"`.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -56,6 +57,36 @@ def decide_values(grader: ModuleType, tolerance: float) -> None:
         return decide(a, b) is not False and symbolic_eq(a, b)
 
     grader.sympy_numeric_eq, grader.sympy_symbolic_eq = numeric, symbolic
+    grader.sympy_solve_and_compare = lambda a, b, *_: relations_agree(a, b)
+
+
+def relations_agree(a: Any, b: Any) -> bool:
+    """Whether two equations or inequalities are the same but for a constant factor.
+
+    Math-Verify solves them, which may take minutes, and takes two without a solution for the same.
+    """
+    from sympy import Eq, Float, Ne, prime
+
+    sides = [relation.lhs - relation.rhs for relation in (a, b)]
+    names = sorted({symbol.name for side in sides for symbol in side.free_symbols})
+    ratios = []
+    for start, sign in ((4, 1), (11, -1), (19, 1)):
+        point = {name: Float(sign**i * prime(start + i), DIGITS) for i, name in enumerate(names, 1)}
+        try:
+            values = [
+                side.evalf(DIGITS, subs={s: point[s.name] for s in side.free_symbols})
+                for side in sides
+            ]
+            ratio = values[0] / values[1]
+        except (ArithmeticError, AttributeError, NotImplementedError, TypeError, ValueError):
+            return False
+        if not ratio.is_Float or not ratio.is_finite or ratio == 0:
+            return False
+        ratios.append(ratio)
+    if any(abs(ratio - ratios[0]) > EXACT * abs(ratio) for ratio in ratios):
+        return False
+    expected = a.func if ratios[0] > 0 or isinstance(a, Eq | Ne) else a.reversed.func
+    return b.func is expected
 
 
 def values_agree(a: Any, b: Any, tolerance: float) -> bool | None:
@@ -103,21 +134,39 @@ def main() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
 
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, grader, parse, verify
+    from antlr4.atn.ParserATNSimulator import ParserATNSimulator
+    from antlr4.atn.PredictionMode import PredictionMode
+    from latex2sympy2_extended import latex2sympy, normalize_latex
+    from math_verify import LatexExtractionConfig, grader, parser, verify
 
     logging.disable(logging.CRITICAL)
     decide_values(grader, tolerance)
+    # A parser has no other door to the mode it is made with.
+    ParserATNSimulator.predictionMode = property(lambda self: self.mode, lambda self, mode: None)
     latex = LatexExtractionConfig()
     # Units are read before; Math-Verify's list of them takes the variables c, d, s and t for some.
     without_units = replace(latex.normalization_config, units=False)
-    targets = (replace(latex, normalization_config=without_units), ExprExtractionConfig())
 
-    @functools.lru_cache(maxsize=256)
-    def parsed(text: str) -> list:
-        return parse(f"${text}$", targets, parsing_timeout=None)
+    @functools.lru_cache(maxsize=512)
+    def parsed(text: str, is_complex: bool) -> list:
+        """The value of the whole text, and the text.
+
+        Math-Verify's own `parse` may take a part of the text that it can read for the whole.
+        """
+        normalized = normalize_latex(text, config=without_units)
+        for tried in dict.fromkeys((normalized, parser.get_last_eq(normalized))):
+            for mode in (PredictionMode.SLL, PredictionMode.LL):
+                # What the fast mode reads it reads as the slow one does.
+                ParserATNSimulator.mode = mode
+                with contextlib.suppress(Exception):  # whatever is raised about an odd text
+                    options = {"convert_degrees": False, "normalization_config": None}
+                    return [latex2sympy(tried, is_real=not is_complex, **options), normalized]
+        return [normalized]
 
     def matches(gold: str, answer: str) -> bool:
-        return verify(parsed(gold), parsed(answer), timeout_seconds=None)
+        # Real and complex symbols differ, whatever their names.
+        is_complex = any(map(parser.should_treat_as_complex, (gold, answer)))
+        return verify(parsed(gold, is_complex), parsed(answer, is_complex), timeout_seconds=None)
 
     if not matches(r"\frac{1}{2}", "0.5") or matches("1", "2"):
         raise SystemExit("math_verify misgrades 1/2 = 0.5 or 1 = 2; is its version supported?")
@@ -134,7 +183,7 @@ def main() -> None:
         # SIGALRM's default action ends the process: no worker outlives a parent that was killed.
         signal.setitimer(signal.ITIMER_REAL, timeout_s + 1.0)
         if question["answer"] is None:
-            reply(any(not isinstance(value, str) for value in parsed(question["gold"])))
+            reply(any(not isinstance(value, str) for value in parsed(question["gold"], False)))
         else:
             reply(matches(question["gold"], question["answer"]))
         signal.setitimer(signal.ITIMER_REAL, 0)

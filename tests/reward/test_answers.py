@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_rft.reward.answers import compare_quickly, plain_number
+from prefix_rft.reward.answers import decide, plain_number
 from prefix_rft.reward.spelling import clean_answer
 
 
@@ -27,25 +27,26 @@ from prefix_rft.reward.spelling import clean_answer
         ("123456789012345678901", "123456789012345678902", False),
         ("Evelyn", r"\text{Evelyn}", True),
         (r"\frac{1}{2}", r"\frac{1}{2}", True),
-        ("1,2", "12", None),
+        ("1,2", "12", False),
         (r"\sqrt{4}", "2", None),
         ("5", "x" * 5000, False),
     ],
 )
 def test_equal_texts_and_plain_numbers_need_no_math_verify(gold, answer, expected):
-    assert compare_quickly(gold, answer) is expected
+    assert decided(gold, answer) is expected
 
 
 @given(st.integers(-(10**15), 10**15), st.integers(-(10**15), 10**15))
 @settings(derandomize=True, deadline=None)
 def test_numbers_are_compared_by_value_however_they_are_written(a, b):
     for written in (f"{a}", f"{a:,}", f"{a}.0", f"{a:,}.", f"${a}"):
-        assert compare_quickly(str(b), clean_answer(written)) is (a == b)
-        assert compare_quickly(str(a), clean_answer(written)) is True
+        assert decided(str(b), written) is (a == b)
+        assert decided(str(a), written) is True
 
 
 def decided(gold: str, answer: str) -> bool | None:
-    return compare_quickly(clean_answer(gold), clean_answer(answer))
+    decision = decide(clean_answer(gold), clean_answer(answer))
+    return None if decision is None else decision.status == "correct"
 
 
 MILLIONS = [
@@ -239,3 +240,54 @@ def test_long_and_large_answers_are_read_quickly(text: str) -> None:
     decided("5", text)
     assert plain_number(clean_answer(text)) is None or "cm" in text
     assert time.monotonic() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "expected"),
+    [
+        ("16,3,1,1", "1, 1, 3, 16", True),
+        ("16,3,1,1", "16, 3, 1", False),
+        ("16,3,1,1", "16,3,3,1", False),
+        ("1,2", r"1 \text{ and } 2", True),
+        ("1,2", "2 or 1", True),
+        ("1,2", "x = 1, x = 2", True),
+        ("1,2", "x = 1, y = 2", None),
+        ("1,2", r"\{2, 1, 1\}", True),
+        ("1,2", r"\left\{2, 1\right\}", True),
+        ("1,2", "1,2,3", False),
+        ("1,2", "(1,2)", None),
+        ("(1,2)", "(2,1)", False),
+        ("(1,2)", r"\left(\frac{2}{2},\,2.0\right)", True),
+        ("(1,2)", "(1,2,0)", False),
+        ("(1,2)", "[1,2)", None),
+        ("1", "1 or 2", False),
+        ("1", "1, 1", None),
+        ("1,234", "1234", True),
+        ("1,234", "1, 234", False),
+        ("2,100,200", "2100, 200", False),
+        ("x,y", "x,y,z", False),
+        (r"1 \pm x, 2", "1+x, 1-x, 2", None),
+        ("(-1,1),(2,3)", "(2,3),(-1,1)", None),
+    ],
+)
+def test_lists_sets_and_tuples(gold: str, answer: str, expected: bool | None) -> None:
+    assert decided(gold, answer) is expected
+    assert decided(answer, gold) is expected
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "expected"),
+    [
+        ("15x - 80", "15x-80", True),
+        (r"\left(x,\frac{1}{2}\right]", r"\left ( x, \dfrac{1}{2} \right ]", True),
+        (r"x^{2} + 1", "x^2+1", True),
+        (r"c^{2} M_{1}", "c²M_1", True),
+        (r"\cos (t)", r"\cos(t)", True),
+        ("x^{23}", "x^{2}3", None),
+        (r"\pi x", r"\pix", None),
+        (r"\text{not even}", r"\text{noteven}", None),
+    ],
+)
+def test_what_makes_no_difference_in_latex(gold: str, answer: str, expected: bool | None) -> None:
+    assert decided(gold, answer) is expected
+    assert decided(answer, gold) is expected

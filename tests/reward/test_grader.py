@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from prefix_rft.reward import answers as answers_module
 from prefix_rft.reward import grader as grader_module
 from prefix_rft.reward.grader import Grader, RewardError, extract_answer
 from prefix_rft.reward.spelling import clean_answer
@@ -26,7 +27,8 @@ def grader():
 
 
 @pytest.fixture
-def strict_grader():
+def strict_grader(monkeypatch):
+    monkeypatch.setattr(answers_module, "why_refused", lambda text: None)  # of the bombs
     with Grader(num_workers=2, timeout_s=BOMB_TIMEOUT_S, memory_mib=512) as grader:
         while not all(worker.is_ready for worker in grader._workers):
             assert grader.grade(["x/2"], ["2x/4"]) == ["correct"]
@@ -115,6 +117,23 @@ def wait_until_gone(pid: int, seconds: float) -> bool:
         ("3.3e-10", r"3.3 \cdot e -10", "wrong"),
         ("1+2i", "2i + 1", "correct"),
         ("1+2i", "1-2i", "wrong"),
+        # the same relation, whatever the solutions; no part of an answer for the whole
+        ("N=n", "N = n + 1", "wrong"),
+        ("y=2x+3", "2y - 4x = 6", "correct"),
+        ("y=2x+3", "2y - 4x = 7", "wrong"),
+        ("y=2x+3", "y=2x+3z", "wrong"),
+        ("x > 2", "-2x < -4", "correct"),
+        ("x > 2", "-2x > -4", "wrong"),
+        ("x^2=4", "x^2=-4", "wrong"),
+        (r"\hbar \omega + \frac{E^{2}}{2 m \omega^{2}}", r"\frac{E^{3}}{2 m \omega^{2}}", "wrong"),
+        (r"t(0,4]", "4", "wrong"),
+        ("1+2i", r"1+2 \cdot i", "correct"),
+        ("1+2i", "1+3*i", "wrong"),
+        # a whole number with a point is no rounded one
+        ("1625.0", r"\sqrt{2640625}", "correct"),
+        ("1625.0", r"\sqrt{2640626}", "wrong"),
+        (r"8\pi", "8*pi", "correct"),
+        (r"8\pi", "8*p*i", "wrong"),
         # spellings
         ("4", r"4\sqrt(2)", "wrong"),
         (r"4\sqrt{2}", r"4\sqrt(2)", "correct"),
@@ -275,7 +294,9 @@ def test_no_worker_outlives_a_parent_that_was_killed(answer):
     script = textwrap.dedent(
         f"""
         import time
+        from prefix_rft.reward import answers
         from prefix_rft.reward.grader import Grader
+        answers.why_refused = lambda text: None
         grader = Grader(num_workers=1, timeout_s=0.5, memory_mib=512)
         grader.grade(["x/2"], ["2x/4"])
         grader._timeout_s = 60.0
