@@ -42,6 +42,7 @@ setup(
         "lora": ["peft>=0.21"],
         "low-memory": ["torchao>=0.18"],
         "wandb": ["wandb"],
+        "trl": ["trl>=1.16,<1.17"],
         # On a CPU triton's interpreter runs the kernels; adapters are tested against trl, liger.
         "test": [
             "pytest",

@@ -23,7 +23,7 @@ FLOORS = [
     {"evaluate"},
     {"train"},
     {"compare"},
-    {"cli"},
+    {"cli", "integrations"},
     {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -336,6 +336,22 @@ def _tokenized(
             yield dataclasses.replace(draft, prompt_ids=prompt_ids, demonstration_ids=ids)
 
 
+def tokenize_demonstrations(
+    prompts: Sequence[str], demonstrations: Sequence[str | None], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, ...]]:
+    """The ids that each demonstration has behind its prompt, as `problems_from_rows` takes them.
+
+    Args:
+        prompts: rendered; they may not be empty.
+        demonstrations: None has no ids.
+    """
+    drafts = [
+        Problem(index=i, prompt=prompt, prompt_ids=(), answer="", demonstration=text)
+        for i, (prompt, text) in enumerate(zip(prompts, demonstrations, strict=True))
+    ]
+    return [draft.demonstration_ids for draft in _tokenized(drafts, tokenizer, Findings())]
+
+
 def _behind(start: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...] | None:
     """What follows `start` in `whole`; None if `whole` starts otherwise."""
     return whole[len(start) :] if whole[: len(start)] == start else None
