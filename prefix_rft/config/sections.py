@@ -287,7 +287,7 @@ class RewardConfig:
     overlong_tokens: NonNegativeInt = 0
     overlong_penalty: NonNegativeFloat = 1.0  # what a response of the full length loses
     num_workers: PositiveInt = 2  # grader processes
-    timeout_s: PositiveFloat = 5.0  # seconds per answer; then the worker is killed and replaced
+    timeout_s: PositiveFloat = 5.0  # processor seconds per answer; then its worker is replaced
     # address space of a worker beyond its start-up size
     memory_mib: Annotated[int, Field(ge=64)] = 1024
     max_error_fraction: Fraction = 0.5  # fraction of rollouts that may fail to be graded

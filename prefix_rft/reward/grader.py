@@ -6,6 +6,7 @@ Imports neither torch nor transformers, and Math-Verify only inside the worker p
 import importlib.metadata
 import json
 import logging
+import os
 import selectors
 import subprocess
 import sys
@@ -35,6 +36,7 @@ RULES_VERSION = 2  # raised with every change by which an answer can be graded d
 LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy")
 MAX_RAW_CHARS = 16 * 1024  # of an answer before it is cleaned; a longer one is not
 AHEAD = 64  # answers that are read ahead of the oldest without a decision, a worker
+WALL_FACTOR = 20.0  # times the processor time of an answer that it may take by the clock
 START_TIMEOUT_S = 120.0  # for a worker process to get ready for its first question
 
 _log = logging.getLogger(__name__)
@@ -78,7 +80,11 @@ def extract_answer(text: str, pattern: str | None) -> str | None:
 
 
 class _Worker:
-    """A worker process; `task` is its question, `deadline` the time by which it must reply."""
+    """A worker process; `task` is its question, `deadline` the time at which to look after it.
+
+    What it may take is processor time: on a busy machine a reply that is a matter of milliseconds
+    can be seconds away, and gradings must not depend on that.
+    """
 
     def __init__(self, timeout_s: float, memory_mib: int) -> None:
         arguments = (timeout_s, memory_mib, float(RELATIVE_TOLERANCE))
@@ -94,6 +100,31 @@ class _Worker:
         self.is_ready = False
         self.task: int | None = None
         self.deadline = time.monotonic() + START_TIMEOUT_S
+        self._started = (0.0, 0.0)  # processor and wall time when it was asked
+
+    def ask(self, task: int, timeout_s: float) -> None:
+        self.task = task
+        self._started = (self._processor_s() or 0.0, time.monotonic())
+        self.deadline = self._started[1] + timeout_s
+
+    def extend(self, timeout_s: float) -> bool:
+        """Move the deadline to where the processor time may be used up; False: it is."""
+        used_s, start = self._processor_s(), self._started[1]
+        if self.task is None or used_s is None:
+            return False
+        left_s = timeout_s - (used_s - self._started[0])
+        last = start + WALL_FACTOR * timeout_s
+        self.deadline = min(time.monotonic() + left_s, last)
+        return left_s > 0 and time.monotonic() < last
+
+    def _processor_s(self) -> float | None:
+        """Seconds that the process has run; None where that is not known, as on macOS."""
+        try:
+            with open(f"/proc/{self.process.pid}/stat") as stat:
+                fields = stat.read().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     @property
     def is_idle(self) -> bool:
@@ -130,7 +161,7 @@ class Grader:
 
     Args:
         num_workers: number of processes.
-        timeout_s: seconds per answer.
+        timeout_s: processor seconds per answer (seconds where those are not known).
         memory_mib: MiB by which a worker's address space may grow after start (only on Linux).
     """
 
@@ -241,8 +272,7 @@ class Grader:
         for worker in [worker for worker in self._workers if worker.is_idle]:
             if not waiting:
                 return
-            worker.task = waiting[0]
-            worker.deadline = time.monotonic() + self._timeout_s
+            worker.ask(waiting[0], self._timeout_s)
             try:
                 worker.process.stdin.write(json.dumps(questions[worker.task]).encode() + b"\n")
                 worker.process.stdin.flush()
@@ -271,6 +301,8 @@ class Grader:
                 worker.is_ready = True
         now = time.monotonic()
         for worker in [w for w in self._workers if not w.is_idle and w.deadline <= now]:
+            if worker.extend(self._timeout_s):
+                continue
             if worker.task is not None:
                 ended.append((worker.task, "timeout"))
             self._replace(worker, f"not ready after {START_TIMEOUT_S:g} s")

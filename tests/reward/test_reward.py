@@ -48,10 +48,10 @@ def test_math_scores_and_their_counts():
         scores = rewarder.score(texts, [make_problem(r"$\frac{1}{2}$")] * len(texts))
         assert rewarder.score([], []) == []
         assert rewarder.has_answer(texts[1]) and not rewarder.has_answer(texts[2])
-    statuses = ["correct", "wrong", "no_answer", "no_answer", "timeout", "correct", "wrong"]
+    statuses = ["correct", "wrong", "no_answer", "no_answer", "wrong", "correct", "wrong"]
     assert [score.status for score in scores] == statuses
     assert [score.reward for score in scores] == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
-    counts = {"correct": 2, "wrong": 2, "no_answer": 2, "timeout": 1, "error": 0, "no_reward": 0}
+    counts = {"correct": 2, "wrong": 3, "no_answer": 2, "timeout": 0, "error": 0, "no_reward": 0}
     assert count_statuses(scores) == counts
 
 
