@@ -18,7 +18,7 @@ from matplotlib import pyplot  # noqa: E402
 
 from bench.harness import ROOT  # noqa: E402
 
-FOLDER = ROOT / "bench/results/cpu/testbed-methods"
+FOLDER = ROOT / "results/cpu/testbed-methods"
 TIERS = ("easy", "medium", "hard", "skill", "beyond")
 _COLORS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#B4B8BD")
 

@@ -166,3 +166,17 @@ def test_distributed_figures_are_those_of_the_csv() -> None:
     assert found == list(accuracies(*sharded))
     found = table(document, "| engine | processes | generation | update | whole step |")
     assert found == list(throughputs())
+
+
+def test_the_comparison_is_that_of_the_csv() -> None:
+    """Its main table line by line, and the sizes that its text repeats."""
+    from bench.comparison import FOLDER, accuracy, read, table
+
+    text = (ROOT / "docs/comparison.md").read_text()
+    cells = read(FOLDER)
+    for line in table(cells):
+        assert line in text, line
+    spoken = text[text.index("## What it shows") :]
+    for cell in ("sft", "sft_then_rft", "sft_then_prefix_rft", "prefix_rft", "rl_sft_loss"):
+        values = accuracy(cells[cell])
+        assert f"{sum(values) / len(values):.1f}" in spoken, cell
