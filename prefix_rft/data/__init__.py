@@ -4,17 +4,15 @@ from prefix_rft.data.base_model import resolve_base, untrained_base
 from prefix_rft.data.columns import demonstration_text
 from prefix_rft.data.flat import FlatRows, begun_thought
 from prefix_rft.data.load_report import LoadReport
-from prefix_rft.data.problems import (
-    batch_indices,
-    load_problems,
-    problems_from_rows,
-    tokenize_demonstrations,
-)
+from prefix_rft.data.prepare import tokenize_demonstrations
+from prefix_rft.data.problem_list import Problems
+from prefix_rft.data.problems import batch_indices, load_problems, problems_from_rows
 from prefix_rft.data.sources import load_rows
 
 __all__ = [
     "FlatRows",
     "LoadReport",
+    "Problems",
     "batch_indices",
     "begun_thought",
     "demonstration_text",

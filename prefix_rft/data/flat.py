@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefix_rft.data.columns import KNOWN_MAPS, ColumnMap, find_map
-from prefix_rft.data.problems import open_thought
+from prefix_rft.data.prepare import open_thought
 from prefix_rft.data_types import Problem
 
 # Columns that say where a dataset has what: with another layout they would be taken for that.

@@ -34,6 +34,12 @@ _NOTES: frozenset[Kind] = frozenset({"left_out_thought", "merged_boundary"})
 _EXAMPLE_CHARS = 120
 
 
+def example_text(value: Any) -> str:
+    """A value as an example shows it: its start, in one line."""
+    text = repr(value)
+    return text if len(text) <= _EXAMPLE_CHARS else text[:_EXAMPLE_CHARS] + "..."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """Rows of one kind, unusable or changed: how many, and the first of them."""
@@ -58,12 +64,10 @@ class Findings:
     def __init__(self) -> None:
         self._found: dict[Kind, Finding] = {}
 
-    def add(self, kind: Kind, row: int, example: Any) -> None:
+    def add(self, kind: Kind, row: int, example: str) -> None:
+        """Count a row; `example` as `example_text` has it."""
         if kind not in self._found:
-            text = repr(example)
-            if len(text) > _EXAMPLE_CHARS:
-                text = text[:_EXAMPLE_CHARS] + "..."
-            self._found[kind] = Finding(kind=kind, count=0, row=row, example=text)
+            self._found[kind] = Finding(kind=kind, count=0, row=row, example=example)
         found = self._found[kind]
         self._found[kind] = replace(found, count=found.count + 1)
 
@@ -82,13 +86,15 @@ class LoadReport:
     num_problems: int
     num_demonstrations: int  # usable ones, before data.demonstration_fraction applies
     findings: tuple[Finding, ...]
+    notice: str | None = None  # what else the user should know
 
     def lines(self) -> list[str]:
         head = (
             f"{self.source} ({self.layout}): {self.num_problems} problems from {self.num_rows} "
             f"rows, {self.num_demonstrations} with a demonstration"
         )
-        return [head, *(f"  {finding}" for finding in self.findings)]
+        notices = [] if self.notice is None else [f"  {self.notice}"]
+        return [head, *(f"  {finding}" for finding in self.findings), *notices]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

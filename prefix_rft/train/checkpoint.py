@@ -41,8 +41,10 @@ from prefix_rft.train.generators import rng_states, set_rng_states
 
 Optimizers = Mapping[str, torch.optim.Optimizer]  # by name
 
-FORMAT = 4  # incremented when the layout changes
-_READABLE = (3, FORMAT)  # 3 has its generators in a pickle, which is left alone
+FORMAT = 5  # incremented when the layout changes
+# 3 has its generators in a pickle, which is left alone; up to 4 the digest of the data is another.
+_READABLE = (3, 4, FORMAT)
+_OLD_DIGEST = 4
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # the rest is the base's
 for _message in (".*torch.distributed is disabled.*", ".*the intent is to .* single process.*"):
     warnings.filterwarnings("ignore", message=_message)  # as intended; the writing thread warns too
@@ -220,6 +222,7 @@ def load_checkpoint(
     optimizers: Optimizers,
     *,
     data_fingerprint: str,
+    old_fingerprint: Callable[[], str] | None = None,
     reference: nn.Module | None = None,
     world: World | None = None,
 ) -> TrainerState:
@@ -228,6 +231,9 @@ def load_checkpoint(
     The checkpoint may have been written by any number of ranks. A rank without generator states in
     it keeps its own.
 
+    Args:
+        data_fingerprint: of the training problems.
+        old_fingerprint: gives the one that checkpoints up to format 4 have.
     Raises:
         CheckpointError: the checkpoint is damaged, belongs to another model or other data, or has
             no `reference`.
@@ -236,6 +242,8 @@ def load_checkpoint(
     description = world.broadcast(lambda: _verify(path))
     _require_same_model(path, description["shapes"], model)
     state = TrainerState(**description["state"])
+    if description["format"] <= _OLD_DIGEST and old_fingerprint is not None:
+        data_fingerprint = old_fingerprint()
     if state.data_fingerprint != data_fingerprint:
         raise CheckpointError(
             f"checkpoint {path}: expected the training problems it was written with "

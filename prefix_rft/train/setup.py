@@ -6,10 +6,9 @@ from typing import Self
 
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import Config, make_method
-from prefix_rft.data import load_problems
-from prefix_rft.data_types import Problem
+from prefix_rft.data import Problems, load_problems
 from prefix_rft.evaluate import answer, summarize, training_suites, write_outcomes
-from prefix_rft.methods import find_method
+from prefix_rft.methods import Method, find_method
 from prefix_rft.model import (
     World,
     check_micro_batches,
@@ -112,19 +111,20 @@ class Setup:
         return summarize(answers) | suites | {"grader": self.rewarder.info()}
 
 
-def for_method(config: Config, problems: list[Problem]) -> tuple[Config, list[Problem]]:
+def for_method(config: Config, problems: Problems) -> tuple[Config, Problems]:
     """The problems that the method learns from, and the configuration with the steps they take.
 
     Raises:
         ConfigError: there are none, or none has the demonstration that the method needs.
     """
     method = find_method(config.method.name)
-    if method.needs_demonstrations and not any(each.demonstration_ids for each in problems):
+    if method.needs_demonstrations and not problems.num_demonstrations:
         raise ConfigError(
             f"data.path: expected demonstrations, which {method.name} learns from, got none among "
             f"{len(problems)} problems"
         )
-    accepted = [problem for problem in problems if method.accepts(problem)]
+    takes_all = getattr(method.accepts, "__func__", None) is Method.accepts.__func__
+    accepted = problems if takes_all else problems.accepted(method.accepts)
     if not accepted:
         raise ConfigError(
             f"data.path: expected problems that {method.name} can learn from, got none among "

@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedTokenizerBase
 
 from prefix_rft.config import Config, make_method
+from prefix_rft.data import Problems
 from prefix_rft.data_types import (
     Group,
     MiniBatch,
@@ -73,7 +75,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.engine = engine
         self.rewarder = rewarder
-        self.problems = problems
+        self.problems = Problems.of(problems)
         self.reference = reference
         self.method = make_method(config, eos_token_id=end_of_response_id(tokenizer))
         self.sampler = Sampler(
@@ -141,11 +143,15 @@ class Trainer:
         """Write a checkpoint; returns the steps done in it. Collective."""
         state = TrainerState(
             step=self.step_index,
-            data_fingerprint=fingerprint(self.problems),
+            data_fingerprint=self.data_fingerprint,
             method=self.method.state(),
         )
         checkpoints.save(self.policy.model, self.optimizers, state, reference=self.moving_reference)
         return self.step_index
+
+    @cached_property
+    def data_fingerprint(self) -> str:
+        return self.problems.fingerprint()
 
     @property
     def moving_reference(self) -> nn.Module | None:
@@ -160,7 +166,8 @@ class Trainer:
             checkpoint,
             self.policy.model,
             self.optimizers,
-            data_fingerprint=fingerprint(self.problems),
+            data_fingerprint=self.data_fingerprint,
+            old_fingerprint=lambda: old_fingerprint(self.problems),
             reference=self.moving_reference,
             world=self.world,
         )
@@ -315,8 +322,8 @@ class Trainer:
         return plan_micro_batches(lengths, budget, self.world.size)[self.world.rank]
 
 
-def fingerprint(problems: Sequence[Problem]) -> str:
-    """A short digest of the training problems in their order."""
+def old_fingerprint(problems: Sequence[Problem]) -> str:
+    """The digest of problems in checkpoints up to format 4; walks all of their ids."""
     digest = hashlib.sha256()
     for problem in problems:
         digest.update(repr((problem.prompt_ids, problem.demonstration_ids)).encode())

@@ -1,17 +1,16 @@
 """Rows of every known layout to problems, what is dropped and reported, training order."""
 
 import copy
-import json
 import re
 from collections import Counter
 
 import datasets
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import Config, config_from_dict
+from prefix_rft.config import config_from_dict
 from prefix_rft.config.sections import DataConfig
 from prefix_rft.data.columns import DataError, find_map
 from prefix_rft.data.problems import (
@@ -21,30 +20,24 @@ from prefix_rft.data.problems import (
     problems_from_rows,
     split_held_out,
 )
-
-TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "<{{ m.role[0] }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+from tests.data.shapes import (
+    EMPTY,
+    OPENR1,
+    TEMPLATE,
+    UNUSABLE,
+    VERL,
+    bpe,
+    flat,
+    make_tokenizer,
+    messages,
+    run_config,
+    write_jsonl,
 )
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token per character, ids from 1000; the special token <bos> must never be added."""
-    characters = [chr(code) for code in range(32, 127)] + ["\n"]
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<bos>", *characters], start=1000)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 1001)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<bos>", chat_template=TEMPLATE
-    )
-    assert tokenizer("a")["input_ids"][0] == 1001
-    return tokenizer
+    return make_tokenizer()
 
 
 @pytest.fixture(autouse=True)
@@ -62,39 +55,8 @@ def build(rows, tokenizer, *, max_response_length=1000, held_out=False, **config
     )
 
 
-def flat(num_rows, **columns):
-    return [
-        {"prompt": f"q{i}", "answer": str(i), "demonstration": f"so it is {i}"} | columns
-        for i in range(num_rows)
-    ]
-
-
 def kinds(report):
     return {finding.kind: (finding.count, finding.row) for finding in report.findings}
-
-
-def messages(*pairs):
-    return [{"role": role, "content": content} for role, content in pairs]
-
-
-VERL = {
-    "data_source": "openr1",
-    "prompt": messages(("system", "think"), ("user", "1+1?")),
-    "target": messages(("assistant", "one more than one is 2")),
-    "ability": "math",
-    "reward_model": {"ground_truth": "2", "style": "rule"},
-    "extra_info": {"index": 0, "split": "train"},
-}
-OPENR1 = {
-    "problem": "1+1?",
-    "solution": "trivial",
-    "answer": "2",
-    "generations": ["it is 3", "cut off", "it is 2", "also 2"],
-    "correctness_math_verify": [False, True, True, True],
-    "correctness_llama": None,
-    "is_reasoning_complete": [True, False, True, True],
-    "messages": messages(("user", "1+1?"), ("assistant", "it is 3")),
-}
 
 
 @pytest.mark.parametrize(
@@ -194,9 +156,6 @@ def test_a_system_prompt_stands_before_prompts_that_have_none(tokenizer):
     assert [p.prompt for p in problems] == ["<s>be brief<u>a<a>", "<s>think<u>1+1?<a>"]
 
 
-EMPTY = "<think>\n\n</think>\n\n"
-
-
 @pytest.mark.parametrize(
     ("end", "demonstration", "expected"),
     [
@@ -233,26 +192,7 @@ def test_prompt_and_demonstration_have_one_thought(tokenizer, end, demonstration
 
 
 def test_unusable_rows_are_counted_with_an_example_and_dropped(tokenizer):
-    rows = flat(3) + [
-        {"prompt": " ", "answer": "1"},
-        {"prompt": None, "answer": "1"},
-        {"prompt": messages(("user", "a"), ("assistant", "b")), "answer": "1"},
-        {"prompt": [], "answer": "1"},
-        {"prompt": [{"role": "user"}], "answer": "1"},
-        {"prompt": "q", "answer": None},
-        {"prompt": "q", "answer": "  "},
-        {"prompt": "q", "answer": float("nan")},
-        {"prompt": "q", "answer": True},
-        {"prompt": "q", "answer": "$$"},
-        {"prompt": "q", "answer": "???"},
-        {"prompt": "q", "answer": "t(0,4]"},
-        {"prompt": "x" * 45, "answer": "1"},
-        {"prompt": "q", "answer": "1", "demonstration": "y" * 20},
-        {"prompt": "q", "answer": "1", "demonstration": "z"},
-        {"prompt": "q", "answer": "1", "demonstration": ""},
-        {"prompt": "x" * 44, "answer": "1", "demonstration": "y" * 19},
-    ]
-    problems, report = build(rows, tokenizer, max_prompt_tokens=50, max_response_length=20)
+    problems, report = build(UNUSABLE, tokenizer, max_prompt_tokens=50, max_response_length=20)
     assert [p.index for p in problems] == [0, 1, 2, 16, 17, 18, 19]
     assert [bool(p.demonstration_ids) for p in problems] == [True] * 3 + [False] * 3 + [True]
     assert [p.demonstration is None for p in problems] == [False] * 3 + [True] * 3 + [False]
@@ -353,23 +293,6 @@ def test_a_template_that_is_missing_or_refuses(tokenizer):
         build(flat(1), bare)
 
 
-SPELLED = {character: i for i, character in enumerate("<unk> \n:>abx▁The]")}
-
-
-def bpe(*merges, normalizer=None, pre_tokenizer=None):
-    """A tokenizer that merges what is given; its prompts are the user's text and ">xa" or "]"."""
-    vocabulary = dict(SPELLED)
-    for merge in merges:
-        vocabulary.setdefault("".join(merge), 100 + len(vocabulary))
-    backend = Tokenizer(models.BPE(vocabulary, list(merges)))
-    if normalizer is not None:
-        backend.normalizer = normalizer
-    if pre_tokenizer is not None:
-        backend.pre_tokenizer = pre_tokenizer
-    template = "{{ messages[0].content }}{% if add_generation_prompt %}>{% endif %}"
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -454,15 +377,6 @@ def test_the_last_rows_are_held_out(tokenizer):
     assert [p.index for p in train] == [0, 1, 2] and [p.index for p in held_out] == [3, 4]
     with pytest.raises(DataError, match=r"data\.num_eval: expected fewer than the 5 .* got 5"):
         split_held_out(problems, 5)
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def run_config(**data) -> Config:
-    return config_from_dict({"data": data, "rollout": {"max_response_length": 200}})
 
 
 def test_a_run_holds_out_its_last_rows(tokenizer, tmp_path):
