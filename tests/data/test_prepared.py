@@ -217,7 +217,6 @@ def test_the_key_has_all_that_decides(tokenizer, tmp_path, num_built):
     templated, added = make_tokenizer(), make_tokenizer()
     templated.chat_template = TEMPLATE.replace("<a>", "<b>")
     added.add_tokens([AddedToken("so it")])
-    columns = {"prompt": "q", "answer": "a"}
     named = {"prompt": "q", "answer": "a"}
     variants = [
         (tokenizer, {}),

@@ -19,6 +19,7 @@ from prefix_rft.train.checkpoint import (
 )
 from prefix_rft.train.generators import rng_states, set_rng_states
 from prefix_rft.train.interrupt import Interrupt
+from prefix_rft.train.trainer import old_fingerprint
 from tests.tiny import make_model, make_trainer
 
 CONFIG = {
@@ -100,14 +101,32 @@ class Code:
 def test_what_a_checkpoint_pickled_is_not_read(saved: Path, tmp_path: Path) -> None:
     checkpoint = list_checkpoints(saved)[-1]
     assert [path.name for path in checkpoint.glob("rng-*")] == ["rng-0.json"]
-    description = json.loads((checkpoint / "trainer.json").read_text())
-    (checkpoint / "trainer.json").write_text(json.dumps(description | {"format": 3}))
+    trainer = make_trainer(CONFIG)
+    write_old_description(checkpoint, 3, old_fingerprint(trainer.problems))
     (checkpoint / "rng-0.json").unlink()
     (checkpoint / "rng-0.pickle").write_bytes(pickle.dumps(Code(tmp_path / "was_run")))
-    (checkpoint / "manifest.json").write_text("{}")
-    trainer = make_trainer(CONFIG)
     trainer.restore(checkpoint)
     assert trainer.step_index == 2 and not (tmp_path / "was_run").exists()
+
+
+def write_old_description(checkpoint: Path, number: int, data_fingerprint: str) -> None:
+    """Make it one of format `number`; its files are not verified."""
+    description = json.loads((checkpoint / "trainer.json").read_text())
+    description |= {"format": number}
+    description["state"]["data_fingerprint"] = data_fingerprint
+    (checkpoint / "trainer.json").write_text(json.dumps(description))
+    (checkpoint / "manifest.json").write_text("{}")
+
+
+def test_an_older_checkpoint_has_another_digest_of_the_same_problems(saved: Path) -> None:
+    checkpoint = list_checkpoints(saved)[-1]
+    trainer = make_trainer(CONFIG)
+    write_old_description(checkpoint, 4, old_fingerprint(trainer.problems[::-1]))
+    with pytest.raises(CheckpointError, match="expected the training problems it was written with"):
+        trainer.restore(checkpoint)
+    write_old_description(checkpoint, 4, old_fingerprint(trainer.problems))
+    trainer.restore(checkpoint)
+    assert trainer.step_index == 2
 
 
 def test_a_machine_with_fewer_devices_takes_up_the_generators(monkeypatch) -> None:
@@ -184,7 +203,7 @@ def test_a_checkpoint_of_another_format_is_refused(saved: Path) -> None:
     description = json.loads((checkpoint / "trainer.json").read_text())
     (checkpoint / "trainer.json").write_text(json.dumps(description | {"format": 99}))
     (checkpoint / "manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="expected format 4, got 99"):
+    with pytest.raises(CheckpointError, match="expected format 5, got 99"):
         make_trainer(CONFIG).restore(checkpoint)
 
 
