@@ -1,6 +1,6 @@
 """Prepared rows kept on disk, where all processes of a machine find them.
 
-<HF_DATASETS_CACHE>/prefix_rft/<key>/
+<HF_DATASETS_CACHE>/prefix-rft/<key>/
     rows*.arrow     prepared rows, written by `datasets`, a file for each process that made them
     prepared.json   the files with their sizes and times, findings, and the rows that are problems
 <key>.lock          held by the process that prepares; the others wait for it
@@ -92,7 +92,7 @@ def prepared_once(
         DataError: the chat template refuses a prompt, or a process that prepares has died.
     """
     key = cache_key(rows, recipe, check_answers=check_answers)
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "prefix_rft" / key
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "prefix-rft" / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         found = _opened(folder)

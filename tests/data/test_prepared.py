@@ -47,7 +47,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     """Of the prepared rows; those of any size are kept."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(problems, "_LEAST_BYTES", 0)
-    return tmp_path / "cache" / "prefix_rft"
+    return tmp_path / "cache" / "prefix-rft"
 
 
 @pytest.fixture
