@@ -21,7 +21,7 @@ SHARED = ("__init__", "harness", "device", "green", "plot", "rivals")
 OPS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem not in SHARED)
 FROM_LOGITS = ("token_stats", "policy_loss", "one_launch", "selection")
 FROM_HIDDEN = ("linear_rivals", "update_step", "memory_table")
-APART = (*FROM_LOGITS, *FROM_HIDDEN, "train_loop")  # have tests of their own
+APART = (*FROM_LOGITS, *FROM_HIDDEN, "train_loop", "data_loading")  # have tests of their own
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +72,15 @@ def test_smoke(op, tmp_path):
     check_rows(out)
     if op == "autotune":
         assert "2: ((64, RowLaunch(" in done.stdout
+
+
+@pytest.mark.slow
+def test_data_loading_smoke(tmp_path):
+    out = tmp_path / "data_loading.csv"
+    done = run(sys.executable, "-m", "bench.data_loading", "--smoke", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    bare, first, second = read(out)
+    assert float(second["cpu_s"]) < float(bare["cpu_s"]) < float(first["cpu_s"])
 
 
 @pytest.mark.slow
