@@ -1,5 +1,6 @@
 """What a run is set up from: data, tokenizer, policy, engine, rewarder."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -7,6 +8,7 @@ from typing import Self
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import Config, make_method
 from prefix_rft.data import Problems, load_problems
+from prefix_rft.data_types import Problem
 from prefix_rft.evaluate import answer, summarize, training_suites, write_outcomes
 from prefix_rft.methods import Method, find_method
 from prefix_rft.model import (
@@ -111,13 +113,13 @@ class Setup:
         return summarize(answers) | suites | {"grader": self.rewarder.info()}
 
 
-def for_method(config: Config, problems: Problems) -> tuple[Config, Problems]:
+def for_method(config: Config, problems: Sequence[Problem]) -> tuple[Config, Problems]:
     """The problems that the method learns from, and the configuration with the steps they take.
 
     Raises:
         ConfigError: there are none, or none has the demonstration that the method needs.
     """
-    method = find_method(config.method.name)
+    problems, method = Problems.of(problems), find_method(config.method.name)
     if method.needs_demonstrations and not problems.num_demonstrations:
         raise ConfigError(
             f"data.path: expected demonstrations, which {method.name} learns from, got none among "
