@@ -180,3 +180,17 @@ def test_the_comparison_is_that_of_the_csv() -> None:
     for cell in ("sft", "sft_then_rft", "sft_then_prefix_rft", "prefix_rft", "rl_sft_loss"):
         values = accuracy(cells[cell])
         assert f"{sum(values) / len(values):.1f}" in spoken, cell
+
+
+def test_figures_of_the_grader_are_those_of_the_csv() -> None:
+    with (ROOT / "bench/results/cpu/grader_accuracy.csv").open(newline="") as file:
+        rows = {r["label"]: r for r in csv.DictReader(file) if r["kind"] == "all"}
+    text = (ROOT / "docs/grading.md").read_text()
+    rewrites, misses = rows["rewrite"], rows["near miss"]
+    assert f"of {int(rewrites['answers']):,} | near misses taken for right, of" in text
+    names = {"ours": "this grader", "math_verify": "Math-Verify", "sympy": "sympy alone"}
+    for column, name in names.items():
+        wrong, right = (int(row[f"{column}_wrong"]) for row in (rewrites, misses))
+        line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        cells = [cell.split(" (")[0].strip() for cell in line.strip("|").split("|")]
+        assert cells[1:] == [f"{wrong:,}", f"{right:,}"], name
