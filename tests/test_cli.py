@@ -11,7 +11,7 @@ import pytest
 from prefix_rft import cli
 from prefix_rft.checks import UserError
 from prefix_rft.config import Config, save_config
-from prefix_rft.config.sections import DataConfig
+from prefix_rft.config.data_sections import DataConfig
 from prefix_rft.train.interrupt import Stopped
 
 

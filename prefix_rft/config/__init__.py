@@ -8,6 +8,7 @@ from prefix_rft.config.config import (
     make_method,
     save_config,
 )
+from prefix_rft.config.data_sections import BaseConfig, DataConfig, TestbedConfig, TiersConfig
 from prefix_rft.config.packages import (
     EXTRAS,
     install_hint,
@@ -28,8 +29,6 @@ from prefix_rft.config.run_folder import (
 from prefix_rft.config.sections import (
     MATH,
     START,
-    BaseConfig,
-    DataConfig,
     EvalConfig,
     LogConfig,
     MethodConfig,
@@ -39,8 +38,6 @@ from prefix_rft.config.sections import (
     RewardConfig,
     RolloutConfig,
     ShardingConfig,
-    TestbedConfig,
-    TiersConfig,
     TrainerConfig,
     VLLMConfig,
     function_name,

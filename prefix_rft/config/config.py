@@ -13,10 +13,15 @@ import tomli_w
 from pydantic import Field
 
 from prefix_rft.checks import ConfigError, config_section, require
-from prefix_rft.config.sections import (
-    START,
+from prefix_rft.config.data_sections import (
     BaseConfig,
     DataConfig,
+    Seed,
+    TestbedConfig,
+    TiersConfig,
+)
+from prefix_rft.config.sections import (
+    START,
     EvalConfig,
     LogConfig,
     MethodConfig,
@@ -25,10 +30,7 @@ from prefix_rft.config.sections import (
     ReferenceConfig,
     RewardConfig,
     RolloutConfig,
-    Seed,
     ShardingConfig,
-    TestbedConfig,
-    TiersConfig,
     TrainerConfig,
     VLLMConfig,
 )

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import Config
-from prefix_rft.config.sections import BaseConfig, DataConfig, ModelConfig, TestbedConfig
+from prefix_rft.config.data_sections import BaseConfig, DataConfig, TestbedConfig
+from prefix_rft.config.sections import ModelConfig
 from prefix_rft.data import base_model
 from prefix_rft.data.base_model import build_base, render_prompt, resolve_base, train_tokenizer
 from prefix_rft.data.testbed import make_lessons, make_rows

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import config_from_dict
-from prefix_rft.config.sections import DataConfig
+from prefix_rft.config.data_sections import DataConfig
 from prefix_rft.data.columns import DataError, find_map
 from prefix_rft.data.problems import (
     batch_indices,

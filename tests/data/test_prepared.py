@@ -15,7 +15,7 @@ import multiprocess
 import pytest
 from transformers import AddedToken
 
-from prefix_rft.config.sections import DataConfig
+from prefix_rft.config.data_sections import DataConfig
 from prefix_rft.data import cache, prepared, problems
 from prefix_rft.data.columns import DataError
 from prefix_rft.data.problems import keep_demonstrations, load_problems, problems_from_rows
@@ -360,7 +360,7 @@ def test_processes_that_start_together_prepare_once(tokenizer, tmp_path, monkeyp
 SLOW = """
 import os, signal, sys, time
 import datasets
-from prefix_rft.config.sections import DataConfig
+from prefix_rft.config.data_sections import DataConfig
 from prefix_rft.data import prepared, problems
 from tests.data.shapes import make_tokenizer
 

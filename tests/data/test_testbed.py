@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config.sections import TestbedConfig
+from prefix_rft.config.data_sections import TestbedConfig
 from prefix_rft.data.testbed import make_lessons, make_row, make_rows
 
 CONFIG = TestbedConfig(num_train=300, min_steps=2, max_steps=6)

@@ -9,7 +9,8 @@ import pytest
 
 from prefix_rft.checks import ConfigError
 from prefix_rft.config import config_from_dict
-from prefix_rft.config.sections import RewardConfig, TiersConfig
+from prefix_rft.config.data_sections import TiersConfig
+from prefix_rft.config.sections import RewardConfig
 from prefix_rft.data import tiers
 from prefix_rft.data.base_model import resolve_base, train_tokenizer
 from prefix_rft.data.generated import generated_lessons, vocabulary_texts
