@@ -40,7 +40,11 @@ def sums() -> Dataset:
     pairs = [(i, 3 * i + 1) for i in range(64)]
     return Dataset.from_list(
         [
-            {"prompt": f"{a}+{b}: ", "completion": f"{a} and {b} is {a + b}", "answer": str(a + b)}
+            {
+                "prompt": f"{a}+{b}: ",
+                "completion": f"{a} and {b} is {a + b}, their sum",
+                "answer": str(a + b),
+            }
             for a, b in pairs
         ]
     )

@@ -2,7 +2,10 @@
 
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from prefix_rft.integrations.trl import trainer as trainer_module
 from prefix_rft.metrics import StepMetrics
 from tests.tiny import CHAT_TEMPLATE, make_model, make_tokenizer, make_trainer
 
+ROOT = Path(__file__).parents[2]
 GROUP, LENGTH = 4, 24
 
 
@@ -349,6 +353,36 @@ def test_a_resumed_run_is_one_that_went_on(make, tmp_path):
     assert rest.generated[-1] == whole.generated[-1]
     assert history(rest)[2] == history(whole)[2]
     assert_same(weights(rest), weights(whole), tolerance=0.0)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    """Started as accelerate starts them; pool, normalizer, prefixes and figures are of both."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, sys.path)])
+    found = []
+    for num in (1, 2):
+        out = tmp_path / f"{num}.pt"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num)]
+        script = [str(ROOT / "tests/integrations/two_processes.py"), str(out), "fused"]
+        done = subprocess.run(
+            [sys.executable, *(launch if num > 1 else []), *script],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found.append(torch.load(out))
+    one, two = found
+    assert one["rollouts"] == two["rollouts"] and one["log"]["policy/kept_frac"] < 0.25
+    largest = max(grad.abs().max() for grad in one["grads"].values())
+    assert largest > 1e-3
+    assert_same(two["grads"], one["grads"], tolerance=1e-5 * largest)
+    for name, value in one["log"].items():
+        # TRL averages these over micro-batches, and there are half as many.
+        is_of_parts = name == "entropy" or name.startswith("clip_ratio")
+        if name not in NOT_COMPARED and not is_of_parts:
+            assert two["log"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize(
