@@ -200,7 +200,14 @@ def test_one_update_is_that_of_our_trainer(make, options, section):
     trainer = make(**options)
     trainer.train()
     [generated] = trainer.generated
-    assert sum(bool(prefix) for _, prefix, _ in generated) == 4 * options.get("num_hybrid", 1)
+    tokenizer, num_ordinary = make_tokenizer(), GROUP - options.get("num_hybrid", 1)
+    demonstrations = {
+        tuple(tokenizer(row["prompt"])["input_ids"]): tokenizer(row["completion"])["input_ids"]
+        for row in rows()
+    }
+    for place, (prompt, prefix, _) in enumerate(generated):
+        assert bool(prefix) == (place % GROUP >= num_ordinary)
+        assert demonstrations[prompt][: len(prefix)] == list(prefix)
     assert all(response[: len(prefix)] == prefix for _, prefix, response in generated)
     assert max(len(response) for _, _, response in generated) == LENGTH
 
