@@ -62,7 +62,7 @@ def evaluate_suites(
         prompt = prompt_of(config, options.prompt)
         jobs = suite_jobs(config, options, prompt, tokenizer, limit)
         identity = {"model": fingerprint(path), "dtype": config.model.dtype, "seed": config.seed}
-        identity |= {"engine": config.rollout.engine}
+        identity |= {"engine": config.rollout.engine, "grader_rules": grader_info()["rules"]}
         world.broadcast(
             lambda: [claim(job.folder(folder), identity | job.identity) for job in jobs]
         )
