@@ -9,19 +9,21 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from rft_kernels import prefix_rft_loss, reference, select_top_entropy, token_stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import device, linear_rivals, plot, rivals, update_step
+from bench import comparison, device, linear_rivals, plot, rivals, update_step
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ("__init__", "harness", "device", "green", "plot", "rivals")
 OPS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem not in SHARED)
 FROM_LOGITS = ("token_stats", "policy_loss", "one_launch", "selection")
 FROM_HIDDEN = ("linear_rivals", "update_step", "memory_table")
-APART = (*FROM_LOGITS, *FROM_HIDDEN, "train_loop", "data_loading")  # have tests of their own
+OTHERS = ("train_loop", "data_loading", "comparison", "grader", "grader_labels", "grader_rivals")
+APART = (*FROM_LOGITS, *FROM_HIDDEN, *OTHERS)  # have tests of their own
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,31 @@ def check_rows(path: Path) -> None:
             assert float(row["of_floor"]) > 0 and float(row["copy_gb_s"]) > 0
         if "max_err_dlogits" in row:
             assert float(row["max_err_dlogits"]) < 0.02
+
+
+def test_grader_smoke(tmp_path):
+    """Labels, rivals, speed and hostile answers, from a few gold answers."""
+    golds = pyarrow.table({"answer": [r"\frac{1}{2}", "3", "(1, 2)", "x+1", r"2\sqrt{3}"]})
+    pyarrow.parquet.write_table(golds, tmp_path / "golds.parquet")
+    options = ("--answers", "12", "--hostile", "20", "--per-kind", "1")
+    done = run(
+        sys.executable, "-m", "bench.grader", str(tmp_path / "golds.parquet"), *options,
+        "--out-folder", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["label"]: row for row in read(tmp_path / "grader_accuracy.csv")}
+    assert rows["near miss"]["ours_wrong"] == rows["rewrite"]["ours_wrong"] == "0"
+    *speeds, hostile = read(tmp_path / "grader.csv")
+    assert len(speeds) == 2 and all(float(row["answers_per_s"]) > 0 for row in speeds)
+    assert hostile["correct"] == "0" and hostile["answers"] == "20"
+
+
+def test_the_picture_of_the_comparison_is_drawn(tmp_path):
+    shutil.copy(comparison.FOLDER / "comparison.csv", tmp_path)
+    done = run(sys.executable, "-m", "bench.comparison", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == comparison.table(comparison.read(tmp_path))
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
