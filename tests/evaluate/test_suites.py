@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import save_config
+from prefix_rft.config import DataConfig, save_config
+from prefix_rft.data import problems_from_rows
 from prefix_rft.data.columns import DataError
 from prefix_rft.evaluate import chunks, paired, suite_run
 from prefix_rft.evaluate.prompts import find_prompt, prompt_names
@@ -269,3 +270,29 @@ def test_a_part_written_file_is_no_chunk(tmp_path: Path) -> None:
     assert chunks.missing_chunks(tmp_path, sampling) == [0, 1]
     assert len(sampling.picks(0)) == 4 and len(sampling.picks(1)) == 2
     assert sampling.chunk_seed(0) != replace(sampling, temperature=0.5).chunk_seed(0)
+
+
+def test_each_prompt_gives_exactly_the_ids_of_its_text() -> None:
+    """What the model reads, from the row of a benchmark, one id a character here."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    before = find_prompt("r1-zero").whole[0]
+    texts = {
+        "none": "1 + 2 ",
+        "qwen-math": find_prompt("qwen-math").system + " 1 + 2 ",
+        "think": find_prompt("think").system + " 1 + 2 ",
+        "r1-zero": before + "1 + 2\nAssistant: <think>",
+    }
+    ids = {character: tokenizer.convert_tokens_to_ids(character) for character in "+12 "}
+    for name, text in texts.items():
+        prompt = find_prompt(name)
+        [problem], _ = problems_from_rows(
+            [{"problem": "1 + 2", "answer": "3"}],
+            DataConfig(system_prompt=prompt.system, max_prompt_tokens=4096),
+            prompt.tokenizer(tokenizer),
+            max_response_length=8,
+            held_out=True,
+        )
+        assert problem.prompt_ids == tuple(map(tokenizer.convert_tokens_to_ids, text)), name
+        if name == "none":
+            assert problem.prompt_ids == tuple(ids[character] for character in "1 + 2 ")
