@@ -12,38 +12,24 @@ import numpy as np
 
 from prefix_rft.evaluate.chunks import write_whole
 from prefix_rft.evaluate.results import COLUMNS, SuiteResult, notes, table_rows
+from prefix_rft.metrics import CSS
 
 PAGE_FILE = "index.html"
 MAX_SAMPLES = 8  # shown of a problem
 MAX_CHARS = 6000  # shown of a response: its start and its end
 _BINS = 24
-_STYLE = """
-:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #1d2126; --muted: #68707a;
-  --line: #e3e5e8; --bar: #2f6fc4; --good: #1a7f4b; --bad: #b3372f; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e4e7ea;
-  --muted: #97a0aa; --line: #31373d; --bar: #6ea8f2; --good: #55c98c; --bad: #f08a80; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 76rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .4rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.4rem 0 .8rem; }
-p, li { color: var(--muted); margin: .3rem 0; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: .8rem 1.1rem; overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .35rem .7rem; white-space: nowrap; }
+_OWN_CSS = """
+p, li { color: var(--muted); margin: 0.3rem 0; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-thead th { color: var(--muted); font-weight: 500; border-bottom: 1px solid var(--line); }
-details { border-top: 1px solid var(--line); padding: .35rem 0; }
+details { border-top: 1px solid var(--line); padding: 0.35rem 0; }
 details details { margin-left: 1.2rem; }
-summary { cursor: pointer; overflow-wrap: anywhere; }
+summary { overflow-wrap: anywhere; }
 summary b { display: inline-block; min-width: 4.2rem; font-variant-numeric: tabular-nums; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace;
-  background: var(--page); border-radius: 8px; padding: .7rem; margin: .5rem 0; }
-.correct { color: var(--good); } .wrong, .no_answer, .timeout, .error { color: var(--bad); }
-svg { width: 100%; height: auto; max-width: 44rem; } rect { fill: var(--bar); }
-svg text { fill: var(--muted); font: 11px system-ui, sans-serif; }
+.correct { color: var(--good); }
+.wrong, .no_answer, .timeout, .error { color: var(--bad); }
+.table svg { width: 100%; height: auto; max-width: 44rem; }
+rect { fill: var(--series-1); }
+svg text { fill: var(--muted); font-size: 11px; }
 """
 
 
@@ -61,17 +47,17 @@ def write_page(
         parts += [
             f"<h2>{escape(result.label)}</h2>",
             f"<p>Tokens of a response, at most {result.max_tokens}</p>",
-            f'<div class="card">{_histogram(result.lengths)}</div>',
+            f'<div class="table">{_histogram(result.lengths)}</div>',
             f"<p>{len(samples)} problems by row; of each at most {MAX_SAMPLES} samples, of each at "
             f"most {MAX_CHARS} characters; all of them are in the samples file.</p>",
-            '<div class="card">' + "".join(map(_problem, samples)) + "</div>",
+            '<div class="table">' + "".join(map(_problem, samples)) + "</div>",
         ]
     told = escape(json.dumps(header, indent=2))
     parts.append(f"<h2>How it was made</h2><details><summary>Settings</summary><pre>{told}</pre>")
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style><main>{''.join(parts)}"
+        f"<title>{escape(title)}</title><style>{CSS}{_OWN_CSS}</style><main>{''.join(parts)}"
         "</details></main></html>\n"
     )
     write_whole(folder / PAGE_FILE, page)
@@ -85,7 +71,7 @@ def _table(results: Sequence[SuiteResult]) -> str:
         for row in table_rows(results)
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="card">{table}</div>'
+    return f'<div class="table">{table}</div>'
 
 
 def _by_problem(file: Path) -> list[list[dict[str, Any]]]:
