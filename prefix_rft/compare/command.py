@@ -9,7 +9,7 @@ import rich.table
 from rich.console import Console
 
 from prefix_rft.checks import ConfigError, require
-from prefix_rft.compare.comparison import Comparison, Run, by_key, load_comparison
+from prefix_rft.compare.comparison import Comparison, Run, load_comparison
 from prefix_rft.compare.jobs import CELL_FILE, Jobs
 from prefix_rft.compare.page import page_html
 from prefix_rft.compare.results import (
@@ -22,7 +22,7 @@ from prefix_rft.compare.results import (
     write_text,
 )
 from prefix_rft.compare.table import Table, console_table, make_tables, markdown
-from prefix_rft.config import load_config, require_packages
+from prefix_rft.config import by_key, load_config, require_packages
 from prefix_rft.data import resolve_base
 from prefix_rft.metrics import METRICS_FILE
 from prefix_rft.train import RunLock

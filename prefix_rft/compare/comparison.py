@@ -2,13 +2,13 @@
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prefix_rft.checks import ConfigError, require
-from prefix_rft.config import Config, config_from_dict, load_config
+from prefix_rft.config import Config, by_key, config_from_dict, load_config
 
 SHIPPED = Path(__file__).parents[1] / "comparisons"
 _KEYS = ("config", "seeds", "reference", "common", "cells")
@@ -300,16 +300,3 @@ def _what_is_shared(config: Config) -> dict[str, object]:
     if config.eval.max_response_length is None:
         values["eval.max_response_length"] = config.rollout.max_response_length
     return values
-
-
-def by_key(config: Config) -> dict[str, object]:
-    """The values of a configuration by their dotted keys."""
-
-    def pairs() -> Iterator[tuple[str, object]]:
-        for name, value in asdict(config).items():
-            if is_dataclass(getattr(config, name)):
-                yield from ((f"{name}.{key}", inner) for key, inner in value.items())
-            else:
-                yield name, value
-
-    return dict(pairs())

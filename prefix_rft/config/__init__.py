@@ -2,6 +2,7 @@
 
 from prefix_rft.config.config import (
     Config,
+    by_key,
     config_from_dict,
     config_type,
     load_config,
@@ -68,6 +69,7 @@ __all__ = [
     "TiersConfig",
     "TrainerConfig",
     "VLLMConfig",
+    "by_key",
     "config_from_dict",
     "config_type",
     "function_name",

@@ -223,6 +223,15 @@ def load_config(name_or_path: str | Path) -> Config:
         raise ConfigError(f"{name_or_path}: {error}") from None
 
 
+def by_key(config: Config) -> dict[str, object]:
+    """The values of a configuration by their dotted keys."""
+    values: dict[str, object] = {}
+    for name, value in dataclasses.asdict(config).items():
+        is_section = dataclasses.is_dataclass(getattr(config, name))
+        values |= {f"{name}.{key}": x for key, x in value.items()} if is_section else {name: value}
+    return values
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Write every field that is not None; `load_config` of the file equals `config`.
 

@@ -2,11 +2,17 @@
 
 import json
 import os
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 from prefix_rft.checks import ConfigError
-from prefix_rft.config import CONFIG_FILE, SUMMARY_FILE, Config, is_run_folder, load_config
+from prefix_rft.config import (
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    Config,
+    by_key,
+    is_run_folder,
+    load_config,
+)
 from prefix_rft.methods import find_method
 from prefix_rft.model import World
 from prefix_rft.train.checkpoint import checkpoint_dir, checkpoint_step, list_checkpoints
@@ -48,20 +54,12 @@ def changes_of(config: Config) -> dict[str, tuple]:
     """(before, now) of each key in which `config` differs from the one in its run folder."""
     if not is_run_folder(config.run_dir):
         return {}
-    before = _by_key(load_config(config.run_dir / CONFIG_FILE))
+    before = by_key(load_config(config.run_dir / CONFIG_FILE))
     return {
         key: (before.get(key), now)
-        for key, now in _by_key(config).items()
+        for key, now in by_key(config).items()
         if key not in ("name", "output_dir") and before.get(key) != now
     }
-
-
-def _by_key(config: Config) -> dict[str, object]:
-    values: dict[str, object] = {}
-    for name, value in asdict(config).items():
-        is_section = is_dataclass(getattr(config, name))
-        values |= {f"{name}.{key}": x for key, x in value.items()} if is_section else {name: value}
-    return values
 
 
 def steps_follow_from_data(config: Config) -> bool:
